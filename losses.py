@@ -1,0 +1,298 @@
+"""Every equation of Box2Seg and the IoU metric, one function each. Copy what you need.
+
+Box2Seg: Weakly-supervised Semantic Segmentation by Bounding Box (Kulharia et al., ECCV 2020), Sect. 3.
+
+    paper   here                 shape (range)               what it is
+    ------  -------------------  --------------------------  ------------------------------------------------------
+    m       h * w                                            pixels of the output, 1/4 of the image's side each way
+    L       L                                                object classes (VOC: 20); class 0 is background
+    y       softmax(logits)      (N, L+1, h, w)  [0, 1]      class probabilities; the functions take the logits
+    alpha   alpha                (N, L, h, w)    [0, 1]      attention, sigmoid output; alpha[:, c-1] is class c's
+    beta    embeddings           (N, d, h, w)    reals       pixel embeddings
+    B       box_labels           (N, h, w)  0..L, 255        boxes painted in, the smaller box last
+    M       mask_labels          (N, h, w)  0..L, 255        the same after GrabCut
+    eta     fill_rate()          (N, L)          [0, 1]      share of class c's box area that M fills
+    eta'    attention_fill_rate  (N, L)          [0, 1]      share of class c's box area that alpha fills
+
+B and M are one-hot tensors in the paper and index maps here, which is the same thing, since a pixel has one class.
+
+What holds for every loss:
+- 255 means unlabelled (crop padding, VOC's object borders): such a pixel adds to no numerator and to no denominator
+  and gets exactly zero gradient.
+- A class, image or batch with nothing to sum adds a finite 0 that still carries gradient (distributed training needs
+  every parameter to get one).
+- float32 inside whatever comes in, float64 stays float64. Call them outside autocast; inside it they still hold.
+- No loop over pixels, classes or images, and nothing that makes a GPU wait for the CPU.
+- Each function runs when its source alone, with the losses that it names, is pasted into a file with the two imports
+  below.
+"""
+import torch
+import torch.nn.functional as F
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sect. 3.2: boxes and GrabCut masks taken at their word
+# ---------------------------------------------------------------------------------------------------------------------
+
+def cross_entropy_loss(logits, labels):
+    """Box2Seg Eq. 1 (labels = B: L_box) and Eq. 2 (labels = M: L_GC); with true masks, the supervised loss.
+
+        L = -1/m  sum_c sum_i  labels(i, c) log y(i, c)
+
+    logits (N, C, h, w), labels (N, h, w) in 0..C-1 or 255 -> scalar, the mean over the labelled pixels of the batch.
+    """
+    log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)     # (N, C, h, w)
+    labelled = labels != 255                                                                      # (N, h, w)
+    # gather picks log y of the labelled class. (F.cross_entropy's CUDA kernel for maps is not deterministic.)
+    picked = log_y.gather(1, torch.where(labelled, labels, 0).long()[:, None])[:, 0]              # (N, h, w)
+    return -torch.where(labelled, picked, 0).sum() / labelled.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sect. 3.3: boxes as noisy labels, cross-entropy modulated by attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+def foreground_loss(logits, alpha, box_labels):
+    """Box2Seg Eq. 3: cross-entropy with the box labels, each pixel weighted by its attention.
+
+        L_fg = sum_c  -1 / sum_i B(i, c)  sum_i  alpha(i, c) B(i, c) log y(i, c)        c = 1..L
+
+    logits (N, L+1, h, w), alpha (N, L, h, w) in [0, 1], box_labels (N, h, w) -> scalar.
+    Gradient flows into both: where y is sure of class c attention is free, where it is not attention shrinks.
+    """
+    # PAPER SILENT: Eq. 3 has 1 / sum_i B(i, c) before the sum over c, where c is not bound. We divide each class by its
+    # own box area, "to give similar weighting to each class" as its text says, sum over classes, mean over images.
+    log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)[:, 1:]
+    classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
+    B = (box_labels[:, None] == classes).to(log_y.dtype)                                          # (N, L, h, w)
+    return (-(alpha * B * log_y).sum((2, 3)) / B.sum((2, 3)).clamp(min=1)).sum(1).mean()
+
+
+def background_loss(logits, box_labels):
+    """Box2Seg Eq. 4: outside all boxes the label is certain.
+
+        L_bg = - sum_i B(i, 0) log y(i, 0) / sum_i B(i, 0)
+
+    logits (N, L+1, h, w), box_labels (N, h, w) -> scalar, per image, mean over images.
+    """
+    log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)[:, 0]
+    B = (box_labels == 0).to(log_y.dtype)                                                         # (N, h, w)
+    return (-(B * log_y).sum((1, 2)) / B.sum((1, 2)).clamp(min=1)).mean()
+
+
+def attention_weighted_loss(logits, alpha, box_labels):
+    """Box2Seg Eq. 5: L_AW = L_fg + L_bg. Arguments as for Eq. 3."""
+    return foreground_loss(logits, alpha, box_labels) + background_loss(logits, box_labels)
+
+
+def attention_box_loss(alpha, box_labels):
+    """Box2Seg Eq. 6: attention is to fill the box. Without this or the next, alpha = 0 would minimize Eq. 3.
+
+        L_alpha^bbox = sum_i sum_c  || B(i, c) - alpha(i, c) ||^2                       c = 1..L
+
+    alpha (N, L, h, w) in [0, 1], box_labels (N, h, w) -> scalar.
+    """
+    # PAPER SILENT: Eq. 6 as printed sums over all pixels, and with lambda_alpha = 1 would drown every other term, which
+    # are means. We take the mean over labelled pixels, the sum over classes and the mean over images.
+    alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
+    classes = torch.arange(1, alpha.shape[1] + 1, device=alpha.device).view(1, -1, 1, 1)
+    B = (box_labels[:, None] == classes).to(alpha.dtype)                                          # (N, L, h, w)
+    labelled = (box_labels != 255)[:, None]                                                       # (N, 1, h, w)
+    squared = torch.where(labelled, (B - alpha).square(), 0)
+    return (squared.sum((1, 2, 3)) / labelled.sum((1, 2, 3)).clamp(min=1)).mean()
+
+
+def fill_rate(mask_labels, box_labels, num_classes):
+    """Box2Seg Eq. 7: the share of class c's box area that the GrabCut mask fills.
+
+        eta_c = sum_i M(i, c) / sum_i B(i, c)
+
+    mask_labels, box_labels (N, h, w), num_classes = L + 1 -> (N, L) float32 in [0, 1], 0 for a class without box.
+    """
+    # PAPER SILENT: where boxes overlap M(., c) can leave B(., c), and the rate exceed 1. We count M inside B only.
+    classes = torch.arange(1, num_classes, device=box_labels.device).view(1, -1, 1, 1)
+    B = (box_labels[:, None] == classes) & (mask_labels != 255)[:, None]                          # (N, L, h, w)
+    M = B & (mask_labels[:, None] == classes)
+    return M.sum((2, 3)).float() / B.sum((2, 3)).clamp(min=1)
+
+
+def attention_fill_rate(alpha, box_labels):
+    """Box2Seg Eq. 8: the share of class c's box area that attention fills.
+
+        eta'_c = sum_i B(i, c) alpha(i, c) / sum_i B(i, c)
+
+    alpha (N, L, h, w) in [0, 1], box_labels (N, h, w) -> (N, L) in [0, 1], 0 for a class without box.
+    """
+    alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
+    classes = torch.arange(1, alpha.shape[1] + 1, device=alpha.device).view(1, -1, 1, 1)
+    B = (box_labels[:, None] == classes).to(alpha.dtype)                                          # (N, L, h, w)
+    return (B * alpha).sum((2, 3)) / B.sum((2, 3)).clamp(min=1)
+
+
+def fill_rate_loss(alpha, box_labels, mask_labels, gamma=0.7):
+    """Box2Seg Sect. 3.3: attention must fill at least gamma of what GrabCut fills, and is free above.
+
+        L_alpha^fr = sum_c max(0, gamma eta_c - eta'_c)
+
+    alpha (N, L, h, w), box_labels, mask_labels (N, h, w) -> scalar, sum over the classes present, mean over images.
+    """
+    # PAPER SILENT: how classes and images are reduced. The sum over classes, as in Eq. 3, whose pull this one resists.
+    eta = fill_rate(mask_labels, box_labels, alpha.shape[1] + 1)                                  # (N, L)
+    return (gamma * eta - attention_fill_rate(alpha, box_labels)).clamp(min=0).sum(1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sect. 3.4: pixel embeddings
+# ---------------------------------------------------------------------------------------------------------------------
+
+def affinity(a, b):
+    """Box2Seg Eq. 9: cosine of the embeddings of every pixel of a with every pixel of b.
+
+        A(i, j) = beta_i . beta_j / (||beta_i|| ||beta_j||)
+
+    a (..., P, d), b (..., Q, d) -> (..., P, Q) in [-1, 1].
+    """
+    a, b = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (a, b))
+    with torch.autocast(a.device.type, enabled=False):  # autocast would round the products to 16 bits
+        return a @ b.transpose(-2, -1)
+
+
+def pair_samples(labels, num_classes, fraction=0.1):
+    """How many pixels per class to draw for Eq. 10, so that their pairs are `fraction` of an image's pixel pairs (Sect.
+    4.1: "randomly sampling 10% of pixel pairs"): S draws make S^2 pairs, so S = sqrt(fraction) m, shared by the classes.
+
+    labels (N, h, w) -> (N,) int64, at least 1.
+    """
+    classes = torch.arange(num_classes, device=labels.device).view(1, -1, 1, 1)
+    area = (labels[:, None] == classes).sum((2, 3))                                               # (N, L+1)
+    return (fraction ** 0.5 * area.sum(1) / (area > 0).sum(1).clamp(min=1)).round().long().clamp(min=1)
+
+
+def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
+    """Box2Seg Eq. 10: pixels of one class should have affinity 1, pixels of different classes 0.
+
+        L_A = 1/|pairs|  sum_{i != j}  (A(i, j) - y_j^T y_i)^2         over drawn pixels of one image, mean over images
+
+    embeddings (N, d, h, w); targets (N, C, h, w), y: class probabilities, or one-hot M in stage 1; labels (N, h, w),
+    the classes to draw by; num_samples: pixels drawn per class present, background included (an int, or (N,) of
+    pair_samples); generator: on the device of labels -> scalar.
+
+    "To avoid creating large affinity matrices of size m x m, we randomly sample a small fraction of pixel embeddings
+    equally from each class" (Sect. 3.4). Equally: a class with fewer pixels than num_samples has them drawn again, in
+    turn, so a draw is a pixel and its count w_i. Then even the matrix of the drawn pixels need not be: with E the unit
+    embeddings and Y the targets as columns, weighted by w, the squares multiply out to small Gram matrices,
+
+        sum_ij w_i w_j (e_i.e_j - y_i.y_j)^2  =  ||E W E^T||_F^2  -  2 ||E W Y^T||_F^2  +  ||Y W Y^T||_F^2
+
+    of d x d, d x C and C x C. It is the same number, in memory linear in m, and any number of pixels may be drawn.
+    """
+    # PAPER SILENT: Eq. 10 as printed is a sum, whose size would depend on the number of pairs; with lambda_A = 1 beside
+    # means, we take the mean. A pixel is not paired with itself, where A = 1 teaches nothing about embeddings.
+    dtype = torch.promote_types(embeddings.dtype, torch.float32)
+    labels = labels.flatten(1).long()                                                             # (N, m)
+    if torch.is_tensor(num_samples):
+        num_samples = num_samples.view(-1, 1)
+    # Draw: shuffle the pixels within each class, and deal num_samples draws out over their ranks.
+    shuffle = torch.rand(labels.shape, generator=generator, device=labels.device)
+    order = (labels + 0.5 * shuffle).argsort(1)  # by class, at random within it (half: 4 + 0.99999999 would round to 5)
+    group = labels.gather(1, order)
+    first = torch.searchsorted(group, group)                                      # where the pixel's class begins,
+    size = torch.searchsorted(group, group, right=True) - first                   # how many pixels it has,
+    rank = torch.arange(labels.shape[1], device=labels.device) - first            # and the pixel's place among them
+    draws = (num_samples - 1 - rank).div(size, rounding_mode="floor") + 1         # 1 or 0 if size >= num_samples
+    draws = torch.where(group == 255, 0, draws)
+    w = torch.zeros(labels.shape, dtype=dtype, device=labels.device).scatter(1, order, draws.to(dtype))
+    w = w / w.sum(1, keepdim=True).clamp(min=1)                                                   # (N, m), sums to 1
+
+    e = F.normalize(embeddings.flatten(2).to(dtype), dim=1)                                       # (N, d, m)
+    y = targets.flatten(2).to(dtype)                                                              # (N, C, m)
+    with torch.autocast(e.device.type, enabled=False):
+        ee, ey, yy = (a * w[:, None] @ b.transpose(1, 2) for a, b in ((e, e), (e, y), (y, y)))
+    every_pair = ee.square().sum((1, 2)) - 2 * ey.square().sum((1, 2)) + yy.square().sum((1, 2))
+    self_pairs = (w * (e.square().sum(1) - y.square().sum(1))).square().sum(1)
+    share = 1 - w.square().sum(1)  # of pairs i != j: 0 if a single pixel was drawn, else 4/9 or more (weights 2/3, 1/3)
+    return ((every_pair - self_pairs) * (share > 0.25) / share.clamp(min=0.25)).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sect. 3.5: all of it
+# ---------------------------------------------------------------------------------------------------------------------
+
+def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples=256, lambda_aw=10.0, lambda_alpha=1.0,
+                 lambda_a=1.0, regularizer="fr", gamma=0.7, detach_targets=False, generator=None):
+    """Box2Seg Eq. 11: L = L_GC + lambda_AW L_AW + lambda_alpha L_alpha + lambda_A L_A.
+
+    logits (N, L+1, h, w); alpha (N, L, h, w) or None if lambda_aw = 0; embeddings (N, d, h, w) or None if lambda_a = 0;
+    box_labels, mask_labels (N, h, w); regularizer "fr" (L_alpha^fr) or "box" (L_alpha^bbox, Eq. 6). Weights of 10, 1, 1
+    are the paper's (Sect. 4.1); a weight of 0 leaves its term out, which makes the rows of Table 3.
+    -> (scalar, {"L_GC": ..., "L_AW": ..., "L_alpha": ..., "L_A": ...}), the terms unweighted and detached.
+    """
+    terms = {"L_GC": cross_entropy_loss(logits, mask_labels)}
+    loss = terms["L_GC"]
+    if lambda_aw:
+        terms["L_AW"] = attention_weighted_loss(logits, alpha, box_labels)
+        terms["L_alpha"] = (fill_rate_loss(alpha, box_labels, mask_labels, gamma) if regularizer == "fr" else
+                            attention_box_loss(alpha, box_labels))
+        loss = loss + lambda_aw * terms["L_AW"] + lambda_alpha * terms["L_alpha"]
+    if lambda_a:
+        # PAPER SILENT: whether Eq. 10 also trains y in stage 2. It "encourages the pixel affinities to align with the
+        # predicted segmentation probabilities" (one way), yet Sect. 2 speaks of "minimizing disagreements between them
+        # and estimated segmentation output" (both ways), and only the second can change y. Both ways by default.
+        y = F.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
+        y = y.detach() if detach_targets else y
+        terms["L_A"] = affinity_loss(embeddings, y, mask_labels, num_samples, generator)
+        loss = loss + lambda_a * terms["L_A"]
+    return loss, {name: term.detach() for name, term in terms.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The foil of Sect. 2: a hard choice where Box2Seg has a soft one
+# ---------------------------------------------------------------------------------------------------------------------
+
+def filling_rate_loss(logits, box_labels, rates):
+    """Song et al. (CVPR 2019), as Box2Seg's Sect. 2 tells it: in the box of class c only the rates[c] most confident
+    pixels are trained on; the rest, "the 40% pixels with the lowest confidences" for a rate of 0.6, are ignored.
+
+    logits (N, L+1, h, w), box_labels (N, h, w), rates (L,) per class or (N, L) per image, in [0, 1] -> scalar, the mean
+    cross-entropy over the pixels kept and those outside all boxes. The number kept is rates * area, rounded.
+    """
+    log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
+    classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1)
+    B = box_labels.flatten(1)[:, None] == classes                                                 # (N, L, m)
+    confidence = torch.where(B, log_y[:, 1:].flatten(2).detach(), -torch.inf)
+    rank = confidence.argsort(2, descending=True, stable=True).argsort(2)        # 0 for class c's most confident pixel
+    keep = (B & (rank < (rates * B.sum(2)).round()[:, :, None])).any(1) | (box_labels.flatten(1) == 0)
+    return cross_entropy_loss(logits, torch.where(keep.view(box_labels.shape), box_labels, 255))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The metric
+# ---------------------------------------------------------------------------------------------------------------------
+
+def confusion_matrix(predictions, labels, num_classes):
+    """Pixel counts (num_classes, num_classes) int64: rows the truth, columns the prediction; truth 255 is left out.
+
+    predictions, labels: integer tensors of one shape. Add the matrices of all images up before taking iou(): the
+    benchmark's IoU is that of the whole set. ValueError for a class outside 0..num_classes-1.
+    """
+    if predictions.shape != labels.shape:
+        raise ValueError(f"predictions {tuple(predictions.shape)} and labels {tuple(labels.shape)} differ in shape")
+    predictions, labels = predictions.flatten().long(), labels.flatten().long()
+    valid = labels != 255
+    known = ~valid | ((0 <= labels) & (labels < num_classes) & (0 <= predictions) & (predictions < num_classes))
+    if not known.all():
+        raise ValueError(f"a label or prediction outside 0..{num_classes - 1}")
+    cell = torch.where(valid, labels * num_classes + predictions, num_classes ** 2)      # one bin more for the ignored
+    return torch.bincount(cell, minlength=num_classes ** 2 + 1)[:-1].view(num_classes, num_classes)
+
+
+def iou(confusion):
+    """Intersection over union per class, (C,) float64, of a confusion matrix (C, C) with rows the truth.
+
+        IoU_c = n_cc / (sum_j n_cj + sum_i n_ic - n_cc)
+
+    nan for a class that does not occur in the truth: iou(confusion).nanmean() is the mIoU.
+    """
+    confusion = confusion.double()
+    truth, predicted, both = confusion.sum(1), confusion.sum(0), confusion.diagonal()
+    return torch.where(truth > 0, both / (truth + predicted - both), torch.nan)
