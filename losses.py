@@ -260,7 +260,7 @@ def filling_rate_loss(logits, box_labels, rates):
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1)
     B = box_labels.flatten(1)[:, None] == classes                                                 # (N, L, m)
     confidence = torch.where(B, log_y[:, 1:].flatten(2).detach(), -torch.inf)
-    rank = confidence.argsort(2, descending=True, stable=True).argsort(2)        # 0 for class c's most confident pixel
+    rank = confidence.argsort(dim=2, descending=True, stable=True).argsort(2)    # 0 for class c's most confident pixel
     keep = (B & (rank < (rates * B.sum(2)).round()[:, :, None])).any(1) | (box_labels.flatten(1) == 0)
     return cross_entropy_loss(logits, torch.where(keep.view(box_labels.shape), box_labels, 255))
 

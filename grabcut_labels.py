@@ -1,0 +1,567 @@
+"""
+Boxes to labels: the box masks B and the GrabCut masks M that Box2Seg trains on (Kulharia et al., ECCV 2020, Sect. 3.1).
+
+    python grabcut_labels.py --data VOCdevkit                              labels for every image of trainaug (or train)
+    python grabcut_labels.py --data VOCdevkit --split val --fill-rates val   ... and how full the boxes are (Fig. 2)
+    python grabcut_labels.py --data VOCdevkit --split val --boxes detector   boxes from a detector (GrabCut-NoTrain-Det)
+    python grabcut_labels.py --image FILE --box X0 Y0 X1 Y1                  look at one mask
+
+Reads   VOC2012/JPEGImages/<id>.jpg, Annotations/<id>.xml, ImageSets/Segmentation/<split>.txt, class_names.txt if there
+Writes  VOC2012/BoxMasks/<id>.png and VOC2012/GrabCutMasks/<id>.png: 8-bit PNG in VOC's palette, one class index a pixel
+
+    B(i) = c   pixel i lies in a box of class c (in the smallest such box, where boxes overlap); 0 in no box
+    M(i) = c   and GrabCut, run on that one box, takes pixel i for foreground
+
+What exists is kept: a second run makes only what is missing, so a run may be interrupted at any time. Delete a folder
+to make it anew. Expect about 0.16 s a box on one core; no truth is read, so evaluate.py --labels shows how good M is.
+"""
+import argparse
+import json
+import os
+import sys
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+# ==== shared block "VOC on disk": equal to the byte in grabcut_labels.py and evaluate.py, which do not import each other
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+               "person pottedplant sheep sofa train tvmonitor").split()
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message is one line that names the file and the remedy."""
+
+
+def find_voc(data):
+    """--data (a VOCdevkit, or the VOC2012 folder in it) -> Path of the folder that holds JPEGImages."""
+    for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
+        if (folder / "JPEGImages").is_dir():
+            return folder
+    raise BadInput(f"no VOC data in {data}: wanted {data}/VOC2012/JPEGImages")
+
+
+def class_names(voc):
+    """VOC's 21 names, or those of a class_names.txt beside JPEGImages (one a line, background first)."""
+    path = Path(voc) / "class_names.txt"
+    names = path.read_text().split("\n") if path.exists() else VOC_CLASSES
+    names = [name.strip() for name in names if name.strip()]
+    if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
+        raise BadInput(f"{path}: wanted 2 to 255 different names, one a line, background first")
+    return names
+
+
+def read_list(path):
+    """An ImageSets list -> image ids in order. The first word of each line is the id; empty lines are skipped."""
+    if not Path(path).is_file():
+        raise BadInput(f"no image list {path}: write one id a line (file names without .jpg)")
+    ids = [line.split()[0] for line in Path(path).read_text().splitlines() if line.strip()]
+    if not ids or len(set(ids)) < len(ids):
+        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": wanted one id a line")
+    return ids
+# ==== end of shared block
+
+
+# ==== shared block "pictures and labels": equal to the byte in grabcut_labels.py and evaluate.py
+def voc_palette():
+    """VOC's colours, (256, 3) uint8: bits 0, 1, 2 of the index give the high bit of R, G, B, bits 3, 4, 5 the next."""
+    bits = [[(np.arange(256) >> (3 * k + c) & 1) << (7 - k) for k in range(3)] for c in range(3)]
+    return np.array(bits).sum(1).T.astype(np.uint8)
+
+
+def read_image(path):
+    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
+    try:
+        return np.array(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))  # Pillow raises on a cut-off JPEG
+    except FileNotFoundError:
+        raise BadInput(f"no image {path}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: not a readable image ({error}): fetch it again or take its id off the list") from None
+
+
+def read_label(path, size=None, num_classes=None):
+    """A label PNG -> (H, W) uint8 class index per pixel, 255 ignored. size is (H, W) of the image it belongs to."""
+    try:
+        png = Image.open(path)
+        labels = np.array(png)  # of a palette PNG the indices, not the colours
+    except FileNotFoundError:
+        raise BadInput(f"no label {path}") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadInput(f"{path}: not a readable PNG ({error}): make or fetch it again") from None
+    if png.mode not in ("P", "L"):
+        raise BadInput(f"{path}: a {png.mode} picture, not class indices: save it as an 8-bit palette PNG")
+    if size is not None and labels.shape != tuple(size):
+        raise BadInput(f"{path}: {labels.shape[1]}x{labels.shape[0]}, its image {size[1]}x{size[0]}: make it again")
+    if num_classes is not None and (worst := labels[labels < 255].max(initial=0)) >= num_classes:
+        raise BadInput(f"{path}: holds class {worst}, but there are {num_classes} classes: check class_names.txt")
+    return labels
+
+
+def write_label(path, labels):
+    """(H, W) class indices -> 8-bit palette PNG, under a temporary name first, so that no half file is ever seen."""
+    png = Image.fromarray(np.asarray(labels, np.uint8), "L")
+    png.putpalette(voc_palette().tobytes())  # makes it mode P, indices unchanged
+    temporary = f"{path}.{os.getpid()}.tmp"
+    png.save(temporary, "PNG")
+    os.replace(temporary, path)
+# ==== end of shared block
+
+
+# ---------------------------------------------------------------- boxes
+def clip_box(corners, size, where):
+    """Corners x0, y0, x1, y1 (0-based, half-open, any order of magnitude) -> the four ints, clipped to (H, W)."""
+    x0, y0, x1, y1 = corners
+    height, width = size
+    clipped = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        raise BadInput(f"{where}: box {x0} {y0} {x1} {y1} has no area inside the {width}x{height} image: mend it")
+    return clipped
+
+
+def read_boxes(xml_path, names, size):
+    """A VOC annotation -> boxes (K, 4) int32 x0, y0, x1, y1 (0-based, half-open, clipped) and classes (K,) uint8.
+
+    names: class_names(...), background first; size: (H, W) of the image. VOC's corners are 1-based and inclusive, some
+    are floats. Objects marked difficult are kept: they are there in the picture. Raises BadInput.
+    """
+    try:
+        root = ElementTree.parse(xml_path).getroot()
+    except FileNotFoundError:
+        raise BadInput(f"no annotation {xml_path}") from None
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
+        raise BadInput(f"{xml_path}: not readable XML ({error}): fetch it again or take its id off the list") from None
+    boxes, classes = [], []
+    for thing in root.findall("object"):  # direct children only, here and below: a <part> inside is no object
+        name = (thing.findtext("name") or "").strip()
+        if name not in names[1:]:
+            raise BadInput(f"{xml_path}: unknown class {name!r}; known are {', '.join(names[1:])}")
+        try:
+            corners = [float(thing.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            xmin, ymin, xmax, ymax = (int(np.floor(corner + 0.5)) for corner in corners)  # int() refuses nan and inf
+        except (TypeError, ValueError, OverflowError):
+            raise BadInput(f"{xml_path}: a {name} without xmin, ymin, xmax, ymax in its bndbox: mend it") from None
+        boxes.append(clip_box((xmin - 1, ymin - 1, xmax, ymax), size, xml_path))
+        classes.append(names.index(name))
+    return np.array(boxes, np.int32).reshape(-1, 4), np.array(classes, np.uint8)
+
+
+def larger_first(boxes):
+    """Order in which boxes are painted, so that the smaller one ends up on top (Sect. 3.1)."""
+    boxes = np.asarray(boxes, np.int64).reshape(-1, 4)
+    # PAPER SILENT: what a box's size is; its area inside the image, and of two equal ones the later annotated is on top
+    return np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
+
+
+def box_mask(boxes, classes, size):
+    """Boxes (K, 4), classes (K,), size (H, W) -> B, (H, W) uint8: the smallest surrounding box's class, 0 in none."""
+    mask = np.zeros(size, np.uint8)
+    for k in larger_first(boxes):
+        x0, y0, x1, y1 = boxes[k]
+        mask[y0:y1, x0:x1] = classes[k]
+    return mask
+
+
+# ---------------------------------------------------------------- GrabCut
+# PAPER SILENT: GrabCut's iterations and where its background model comes from; 5 iterations, and only a margin of 10 %
+# of the box around it, since far parts of the image share colours with the object more often than they help.
+# PAPER SILENT: the resolution GrabCut works at; box and margin are brought to 160 x 160 pixels' area. GrabCut weighs a
+# sum over the area (colour) against one over the boundary (smoothness): the smaller a picture, the more the boundary
+# counts, until losing the object altogether is cheapest. One size for all boxes gives small ones an equal chance, and
+# large ones come out as good as at full size in a quarter of the time. A last cut at full size then moves the boundary.
+# PAPER SILENT: what to do where GrabCut loses the object; an iteration that leaves less than 15 % of the box is taken
+# back, which leaves the iteration before it, or, before the first, the box. A box that covers the image stays whole.
+WHOLE, NOTHING, LITTLE = "box covers the image", "GrabCut found nothing", "GrabCut found too little"  # why a box stays
+
+
+def grabcut(image, box, iterations=5, margin=0.1, working_size=160, min_fill=0.15):
+    """GrabCut on one box -> (H, W) bool mask, and None, or why the mask is the whole box.
+
+    image: (H, W, 3) uint8; box: x0, y0, x1, y1 inside it, half-open. Nothing outside the box is ever foreground. The
+    same picture and box give the same mask in any order and on any thread: the seed of GMM's k-means is set each time.
+    """
+    x0, y0, x1, y1 = (int(corner) for corner in box)
+    mask = np.zeros(image.shape[:2], bool)
+    mask[y0:y1, x0:x1] = True
+
+    # Box and margin, at working size. A margin of less than half a pixel there is none: the object leaves the image.
+    dx, dy = max(2, round(margin * (x1 - x0))), max(2, round(margin * (y1 - y0)))
+    window = np.s_[max(0, y0 - dy):y1 + dy, max(0, x0 - dx):x1 + dx]
+    crop, inside = image[window], mask[window]                                                    # (h, w, 3), (h, w)
+    h, w = inside.shape
+    scale = working_size / (h * w) ** 0.5
+    small_size = max(1, round(w * scale)), max(1, round(h * scale))  # OpenCV's order: width, height
+    small = cv2.resize(crop, small_size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    left, top = x0 - window[1].start, y0 - window[0].start
+    a0, a1 = (round(x * small_size[0] / w) for x in (left, left + x1 - x0))
+    b0, b1 = (round(y * small_size[1] / h) for y in (top, top + y1 - y0))
+    state = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)          # 0, 1 surely, 2, 3 perhaps; even background, odd fg
+    state[b0:max(b1, b0 + 1), a0:max(a1, a0 + 1)] = cv2.GC_PR_FGD
+    area = np.count_nonzero(state)
+    if area == state.size:
+        return mask, WHOLE
+
+    # Each iteration: assign pixels to Gaussians and refit them, five for each side, then cut (GrabCut's steps 1 to 3).
+    background, foreground = np.zeros((1, 65)), np.zeros((1, 65))  # the two mixtures, written in place
+    cv2.setRNGSeed(0)
+    kept = None
+    for iteration in range(iterations):
+        before = state.copy()
+        mode = cv2.GC_EVAL if iteration else cv2.GC_INIT_WITH_MASK
+        cv2.grabCut(small, state, None, background, foreground, 1, mode)
+        found = np.count_nonzero(state & 1)
+        if found < min_fill * area:
+            break
+        kept = state & 1, background.copy(), foreground.copy()
+        if np.array_equal(state, before):  # nothing moved, nothing will
+            break
+    if kept is None:
+        return mask, LITTLE if found else NOTHING
+
+    # Back at full size: colours stay as learnt, and only pixels within two working pixels of the boundary may change.
+    found, background, foreground = kept
+    resize = cv2.INTER_LINEAR if scale < 1 else cv2.INTER_AREA
+    found = (cv2.resize(found.astype(np.float32), (w, h), interpolation=resize) > 0.5) & inside   # (h, w) bool
+    if scale < 1:
+        reach = 2 * int(np.ceil(2 / scale)) + 1
+        within = np.ones((reach, reach), np.uint8)
+        state = np.where(found, np.uint8(cv2.GC_PR_FGD), np.uint8(cv2.GC_PR_BGD))
+        state[cv2.erode(found.astype(np.uint8), within) == 1] = cv2.GC_FGD
+        state[(cv2.dilate(found.astype(np.uint8), within) == 0) | ~inside] = cv2.GC_BGD
+        cv2.grabCut(crop, state, None, background, foreground, 1, cv2.GC_EVAL_FREEZE_MODEL)
+        found = (state & 1) == 1
+    if np.count_nonzero(found) < min_fill * (x1 - x0) * (y1 - y0):
+        return mask, LITTLE
+    mask[window] = found
+    return mask, None
+
+
+def grabcut_mask(image, boxes, classes, **options):
+    """Boxes (K, 4), classes (K,) -> M, (H, W) uint8, and K times None or why that box stayed whole. options: grabcut's.
+
+    Smaller boxes are painted last, as in B; but where a smaller box's GrabCut sees background and a larger box's sees
+    foreground, M is the larger one's class, B the smaller one's.
+    """
+    mask = np.zeros(image.shape[:2], np.uint8)
+    fallbacks = [None] * len(boxes)
+    for k in larger_first(boxes):
+        found, fallbacks[k] = grabcut(image, boxes[k], **options)
+        mask[found] = classes[k]
+    return mask, fallbacks
+
+
+# ---------------------------------------------------------------- labels for a list of images
+def label_paths(voc, out=None, detector=False):
+    """Folders of B and M: beside SegmentationClass, or under out. Labels from detected boxes never mix with others."""
+    suffix = "-detector" if detector else ""
+    return [Path(out or voc) / (name + suffix) for name in ("BoxMasks", "GrabCutMasks")]
+
+
+def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
+    """Makes B and M of the images where either is missing, on all cores, with a progress bar on stderr.
+
+    voc: folder with JPEGImages; out: see label_paths; workers: threads (default: one per core); detect: None for the
+    annotation's boxes, or a function image -> boxes, classes; options: grabcut's. Returns {"made", "skipped": counts of
+    images, "boxes": count, "fallbacks": {reason: count of boxes}, "failures": ["id: what is wrong"]}.
+    """
+    names, folders = class_names(voc), label_paths(voc, out, detect is not None)
+    try:
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be made ({error.strerror}): name another folder by --out") from None
+    todo = [i for i in ids if not all((folder / f"{i}.png").exists() for folder in folders)]
+    detecting = threading.Lock()
+
+    def label(image_id):
+        image = read_image(Path(voc) / "JPEGImages" / f"{image_id}.jpg")                          # (H, W, 3)
+        size = image.shape[:2]
+        if detect is None:
+            boxes, classes = read_boxes(Path(voc) / "Annotations" / f"{image_id}.xml", names, size)
+        else:
+            with detecting:  # one image at a time on the detector's device; GrabCut goes on beside it
+                boxes, classes = detect(image)
+        mask, fallbacks = grabcut_mask(image, boxes, classes, **options)
+        write_label(folders[0] / f"{image_id}.png", box_mask(boxes, classes, size))
+        write_label(folders[1] / f"{image_id}.png", mask)
+        return fallbacks
+
+    summary = {"made": 0, "skipped": len(ids) - len(todo), "boxes": 0, "fallbacks": Counter(), "failures": []}
+    threads_before = cv2.getNumThreads()
+    cv2.setNumThreads(1)  # each image on one core; OpenCV lets go of Python's lock, so threads serve as processes would
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    try:
+        jobs = {pool.submit(label, image_id): image_id for image_id in todo}
+        for job in tqdm(as_completed(jobs), "B and M", len(jobs), unit="image", disable=not jobs):
+            try:
+                fallbacks = job.result()
+            except (BadInput, cv2.error) as error:  # one bad image does not stop the others
+                summary["failures"].append(f"{jobs[job]}: {' '.join(str(error).split())}")
+                tqdm.write(summary["failures"][-1], file=sys.stderr)
+                continue
+            summary["made"] += 1
+            summary["boxes"] += len(fallbacks)
+            summary["fallbacks"].update(why for why in fallbacks if why)
+    finally:  # also on Ctrl-C: what is running is finished, what is waiting is dropped
+        pool.shutdown(cancel_futures=True)
+        cv2.setNumThreads(threads_before)
+    summary["fallbacks"] = dict(summary["fallbacks"])
+    summary["failures"].sort()
+    return summary
+
+
+# ---------------------------------------------------------------- boxes from a detector (Sect. 4.2: NoTrain-Det)
+COCO_TO_VOC = {"airplane": "aeroplane", "motorcycle": "motorbike", "potted plant": "pottedplant", "couch": "sofa",
+               "dining table": "diningtable", "tv": "tvmonitor"}  # VOC's other fourteen have the same name in COCO
+
+
+def make_detector(names, name="fasterrcnn_resnet50_fpn_v2", weights=None, device="cpu", threshold=0.5):
+    """A torchvision COCO detector -> function image (H, W, 3) uint8 -> boxes (K, 4) int32, classes (K,) uint8.
+
+    weights: a local state dict; None downloads torchvision's. COCO classes that `names` lacks are dropped.
+    """
+    # PAPER SILENT: which of SNIPER's boxes count and what it was trained on; those of 0.5 or more here, from a detector
+    # of torchvision's trained on COCO, which needs no code beyond what is installed.
+    import torch  # here, so that labels from annotations need no torch
+    from torchvision.models import detection, get_model_weights
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise BadInput(f"--device {device}: no CUDA here: use --device cpu")
+    if name not in dir(detection) or "coco" not in str(list(get_model_weights(name))).lower():
+        raise BadInput(f"--detector {name}: no COCO detector of torchvision.models.detection")
+    pretrained = get_model_weights(name).DEFAULT
+    categories = [COCO_TO_VOC.get(category, category) for category in pretrained.meta["categories"]]
+    classes_of = torch.tensor([names.index(c) if c in names[1:] else 0 for c in categories])      # (91,), 0: none
+    if not classes_of.any():
+        raise BadInput("--boxes detector: no class in class_names.txt has a COCO name: use --boxes annotation")
+    try:
+        if weights is None:
+            network = getattr(detection, name)(weights=pretrained)
+        else:
+            network = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=len(categories))
+            network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    except OSError as error:
+        hint = f"no detector weights {weights}" if weights else f"cannot download {name}: give --detector-weights FILE"
+        raise BadInput(f"{hint} ({error})") from None
+    except Exception as error:  # a broken file, or another network's: torch raises many kinds
+        raise BadInput(f"{weights}: not a state dict of {name} ({str(error).splitlines()[0]})") from None
+    network.eval().to(device)
+
+    def detect(image):
+        height, width = image.shape[:2]
+        with torch.inference_mode():
+            pixels = torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255            # (3, H, W)
+            found = {key: value.cpu() for key, value in network([pixels])[0].items()}
+        classes = classes_of[found["labels"]]
+        keep = (found["scores"] >= threshold) & (classes > 0)
+        corners = found["boxes"][keep].numpy()
+        low, high = np.floor(corners[:, :2]), np.ceil(corners[:, 2:])  # outwards: never without area
+        boxes = np.hstack([low.clip(0), np.minimum(high, (width, height))]).astype(np.int32)
+        inside = (boxes[:, :2] < boxes[:, 2:]).all(1)
+        return boxes[inside], classes[keep].numpy().astype(np.uint8)[inside]
+
+    return detect
+
+
+# ---------------------------------------------------------------- filling rates (Eq. 7, Fig. 2)
+def fill_rates(box_labels, mask_labels):
+    """Eq. 7 for one image: {class index: eta_c}, eta_c = sum_i M(i, c) / sum_i B(i, c), for the classes c in B.
+
+    box_labels, mask_labels: (H, W) uint8. PAPER SILENT: whether M counts outside B(., c), where a larger box's object
+    shows through a smaller box; it does not, so that 0 <= eta_c <= 1.
+    """
+    box_area = np.bincount(box_labels.ravel(), minlength=256)
+    filled = np.bincount(box_labels[box_labels == mask_labels], minlength=256)
+    return {int(c): float(filled[c] / box_area[c]) for c in np.flatnonzero(box_area) if c not in (0, 255)}
+
+
+def fill_rate_table(folders, ids, names):
+    """The filling rates of B and M on disk: {"images": {id: {class: rate}}, "classes": {class: statistics}}."""
+    images = {}
+    for image_id in tqdm(ids, "filling rates", unit="image"):
+        box_labels = read_label(folders[0] / f"{image_id}.png", num_classes=len(names))
+        mask_labels = read_label(folders[1] / f"{image_id}.png", box_labels.shape, len(names))
+        images[image_id] = {names[c]: round(rate, 4) for c, rate in fill_rates(box_labels, mask_labels).items()}
+    classes = {}
+    for name in names[1:]:
+        rates = np.array([rates[name] for rates in images.values() if name in rates])
+        classes[name] = {"images": len(rates)}
+        if len(rates):
+            classes[name] |= {key: round(float(getattr(np, key)(rates)), 4) for key in ("mean", "std", "median")}
+    return {"images": images, "classes": classes}
+
+
+def class_fill_rates(voc, ids, out=None):
+    """Labels on disk -> (L,) float32 tensor: each class's mean filling rate, 1 for a class that has no box."""
+    import torch
+    names = class_names(voc)
+    classes = fill_rate_table(label_paths(voc, out), ids, names)["classes"]
+    return torch.tensor([classes[name].get("mean", 1.0) for name in names[1:]])
+
+
+def draw_fill_rates(table):
+    """A picture like Fig. 2, (H, W, 3) uint8 RGB: per class a row, how its images' filling rates spread."""
+    names = [name for name, row in table["classes"].items() if row["images"]]
+    left, step, plot, bins = 190, 44, 800, 40
+    canvas = np.full((len(names) * step + 110, left + plot + 210, 3), 255, np.uint8)
+    text = dict(fontFace=cv2.FONT_HERSHEY_SIMPLEX, color=(40, 40, 40), thickness=1, lineType=cv2.LINE_AA)
+    foot = 50 + len(names) * step
+    cv2.putText(canvas, "filling rate of the boxes, image by image (Eq. 7)", (left, 26), fontScale=0.6, **text)
+    cv2.putText(canvas, "mean    std   images", (left + plot + 14, 26), fontScale=0.5, **text)
+    for tick in range(0, 11, 2):
+        x = left + plot * tick // 10
+        cv2.line(canvas, (x, 40), (x, foot), (225, 225, 225), 1)
+        cv2.putText(canvas, f"{tick / 10:.1f}", (x - 12, foot + 24), fontScale=0.5, **text)
+    for row, name in enumerate(names):
+        rates = np.array([rates[name] for rates in table["images"].values() if name in rates])
+        counts = np.histogram(rates, bins, (0, 1))[0].astype(np.float64)
+        density = np.convolve(np.pad(counts, 2, "symmetric"), (0.1, 0.2, 0.4, 0.2, 0.1), "valid")  # smoothed a little
+        base = 50 + (row + 1) * step - 4
+        xs = left + plot * (np.arange(bins) + 0.5) / bins
+        outline = np.stack([np.r_[left, xs, left + plot], base - (step - 10) * np.r_[0, density, 0] / density.max()], 1)
+        colour = tuple(int(c) for c in voc_palette()[row + 1])
+        pale = tuple((c + 2 * 255) // 3 for c in colour)
+        cv2.fillPoly(canvas, [np.round(outline * 16).astype(np.int32)], pale, cv2.LINE_AA, shift=4)
+        cv2.polylines(canvas, [np.round(outline * 16).astype(np.int32)], False, colour, 1, cv2.LINE_AA, shift=4)
+        x = round(left + plot * rates.mean())
+        cv2.line(canvas, (x, base - step + 12), (x, base), (0, 0, 0), 2, cv2.LINE_AA)  # the mean
+        cv2.putText(canvas, name, (14, base - 8), fontScale=0.6, **text)
+        numbers = f"{rates.mean():.2f}   {rates.std():.2f}   {len(rates)}"
+        cv2.putText(canvas, numbers, (left + plot + 14, base - 8), fontScale=0.5, **text)
+    return canvas
+
+
+# ---------------------------------------------------------------- one picture
+def show_mask(path, corners, out=None, **options):
+    """GrabCut on one box of a file -> path of a picture (image | mask | object), filling rate, why the box stayed."""
+    image = read_image(path)
+    box = x0, y0, x1, y1 = clip_box(corners, image.shape[:2], path)
+    mask, why = grabcut(image, box, **options)
+    panels = [image.copy(), image.copy(), np.where(mask[..., None], image, 255).astype(np.uint8)]
+    panels[1][mask] = (0.5 * image[mask] + 0.5 * np.array([0, 200, 80])).astype(np.uint8)
+    thick = max(1, round(max(image.shape[:2]) / 250))
+    contours = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0]
+    cv2.drawContours(panels[1], contours, -1, (255, 255, 255), thick)
+    for panel in panels[:2]:
+        cv2.rectangle(panel, (x0, y0), (x1 - 1, y1 - 1), (255, 60, 60), thick)
+    target = (Path(out) if out else Path(path).parent) / f"{Path(path).stem}_grabcut.png"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.hstack(panels)).save(target)
+    except OSError as error:
+        raise BadInput(f"{target}: cannot be written ({error.strerror}): name another folder by --out") from None
+    return target, float(mask[y0:y1, x0:x1].mean()), why
+
+
+# ---------------------------------------------------------------- command line
+def parse_arguments():
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    add = parser.add_argument
+    add("--data", default="VOCdevkit", help="the VOCdevkit, or the VOC2012 folder in it (default: VOCdevkit)")
+    add("--split", help="a list in ImageSets/Segmentation (default: trainaug where it exists (paper), otherwise train)")
+    add("--list", metavar="FILE", help="image ids, one a line, instead of --split")
+    add("--shard", metavar="I/N", default="1/1", help="only the I-th of N equal parts of the list, to share it among "
+        "machines that see one disk (default: 1/1)")
+    add("--out", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ go (default: beside SegmentationClass)")
+    add("--workers", type=int, metavar="N", help="boxes cut at a time, each on one core (default: as many as cores)")
+    add("--fill-rates", metavar="NAME", help="also write the filling rates (Eq. 7) of images and classes to NAME.json, "
+        "and a picture like Fig. 2 to NAME.png")
+    cut = parser.add_argument_group("GrabCut (one run per box: paper)")
+    cut.add_argument("--iterations", type=int, default=5, help="fit colours and cut so often (default: 5, ours)")
+    cut.add_argument("--margin", type=float, default=0.1, help="what the background's colours are learnt from: so much "
+                     "of the box's width and height around it (default: 0.1, ours)")
+    cut.add_argument("--working-size", type=int, default=160, help="box and margin are scaled to the area of a "
+                     "square of so many pixels a side, before a last cut at full size (default: 160, ours)")
+    cut.add_argument("--min-fill", type=float, default=0.15, help="where GrabCut keeps less than this part of a box, "
+                     "the box stays whole (default: 0.15, ours)")
+    source = parser.add_argument_group("boxes")
+    source.add_argument("--boxes", choices=("annotation", "detector"), default="annotation", help="from Annotations/ "
+                        "(default, paper) or from a COCO detector (paper: GrabCut-NoTrain-Det), whose labels go to "
+                        "BoxMasks-detector/ and GrabCutMasks-detector/")
+    source.add_argument("--detector", metavar="NAME", default="fasterrcnn_resnet50_fpn_v2", help="which one of "
+                        "torchvision's (default: fasterrcnn_resnet50_fpn_v2, ours; the paper used SNIPER)")
+    source.add_argument("--detector-weights", metavar="FILE", help="state dict (default: torchvision's, downloaded)")
+    source.add_argument("--score-threshold", type=float, default=0.5, help="a detection counts from this score on "
+                        "(default: 0.5, ours)")
+    source.add_argument("--device", default="cpu", help="of the detector; GrabCut runs on the CPU (default: cpu)")
+    one = parser.add_argument_group("one picture")
+    one.add_argument("--image", metavar="FILE", help="show the mask of one box: writes FILE_grabcut.png beside it")
+    one.add_argument("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="its pixels, from 0, X1 and Y1 "
+                     "not included")
+    arguments = parser.parse_args()
+    if (arguments.image is None) != (arguments.box is None):
+        parser.error("--image and --box go together")
+    if arguments.split and arguments.list:
+        parser.error("--split or --list, not both")
+    if arguments.iterations < 1 or arguments.working_size < 8 or (arguments.workers or 1) < 1:
+        parser.error("--iterations and --workers of at least 1, --working-size of at least 8 wanted")
+    if not (0 < arguments.margin < 100 and 0 <= arguments.min_fill <= 1 and 0 <= arguments.score_threshold <= 1):
+        parser.error("--margin above 0, --min-fill and --score-threshold from 0 to 1 wanted")
+    return arguments
+
+
+def take_shard(ids, shard):
+    """'2/3' -> the second of three interleaved parts of ids."""
+    try:
+        part, parts = (int(number) for number in shard.split("/"))
+        if not 1 <= part <= parts:
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"--shard {shard}: wanted I/N with I from 1 to N, such as 1/4") from None
+    return ids[part - 1::parts]
+
+
+def main():
+    arguments = parse_arguments()
+    options = {key: getattr(arguments, key) for key in ("iterations", "margin", "working_size", "min_fill")}
+    if arguments.image:
+        path, rate, why = show_mask(arguments.image, arguments.box, arguments.out, **options)
+        print(f"{path}: filling rate {rate:.3f}" + (f" (the box stays whole: {why})" if why else ""))
+        return 0
+
+    voc = find_voc(arguments.data)
+    lists = voc / "ImageSets" / "Segmentation"
+    split = arguments.split or ("trainaug" if (lists / "trainaug.txt").exists() else "train")
+    path = Path(arguments.list) if arguments.list else lists / f"{split}.txt"
+    ids = take_shard(read_list(path), arguments.shard)
+    detect = None
+    if arguments.boxes == "detector":
+        detect = make_detector(class_names(voc), arguments.detector, arguments.detector_weights, arguments.device,
+                               arguments.score_threshold)
+    folders = label_paths(voc, arguments.out, detect is not None)
+    print(f"{len(ids)} images of {path} -> {folders[0]}, {folders[1]}")
+    summary = make_labels(voc, ids, arguments.out, arguments.workers, detect, **options)
+
+    failures, fallbacks = summary["failures"], summary["fallbacks"]
+    print(f"made {summary['made']}, already there {summary['skipped']}, failed {len(failures)}")
+    if summary["boxes"]:
+        reasons = ", ".join(f"{why}: {count}" for why, count in sorted(fallbacks.items()))
+        total = sum(fallbacks.values())
+        print(f"{summary['boxes']} boxes, {total} stayed whole ({100 * total / summary['boxes']:.1f} %)"
+              + (f": {reasons}" if reasons else ""))
+    if arguments.fill_rates:
+        made = [i for i in ids if all((folder / f"{i}.png").exists() for folder in folders)]
+        table = fill_rate_table(folders, made, class_names(voc))
+        Path(f"{arguments.fill_rates}.json").write_text(json.dumps(table, indent=1) + "\n")
+        Image.fromarray(draw_fill_rates(table)).save(f"{arguments.fill_rates}.png")
+        print(f"filling rates: {arguments.fill_rates}.json, {arguments.fill_rates}.png")
+    if failures:
+        print(f"{len(failures)} of {len(ids)} images got no labels; mend them or take them off the list and run again:",
+              *failures, sep="\n  ", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BadInput as error:
+        print(f"grabcut_labels.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("grabcut_labels.py: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

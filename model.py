@@ -1,0 +1,395 @@
+"""
+The network of Box2Seg (Kulharia et al., ECCV 2020): one encoder, one feature pyramid, three small decoders.
+
+    Sect. 3.1  y = Softmax(S(I, theta_y)), alpha = sigmoid(S(I, theta_alpha)), beta = S(I, theta_beta): segmentation
+               probabilities, attention maps and pixel embeddings; "we discard the branches producing alpha, beta at
+               test time".
+    Sect. 4.1  "Our segmentation network architecture is similar to UPerNet where the encoder backbone is ResNet-101,
+               and decoders consist of 2 convolutional layers. [...] We have three decoders, one each for the y, alpha,
+               and beta branches. The final results are spatially down-sampled by a factor of 4, i.e. m = n/16. We
+               start with ImageNet pretrained weights to initialize our encoder."
+
+UPerNet is Xiao et al., Unified Perceptual Parsing, ECCV 2018: a pyramid pooling module (PSPNet) on the encoder's last
+map, then a feature pyramid (FPN). The whole network, for ResNet-101, F = width = 256, 21 classes (L = 20 and the
+background), d = 64 and a crop of 321x321 pixels:
+
+    module            what it does                                     output, N x             parameters
+    -----------------------------------------------------------------------------------------------------
+    encoder.conv1     7x7 convolution /2, then 3x3 max pooling /2        64 x 81 x 81               9,536
+    encoder.layer1    C2, 3 blocks                                      256 x 81 x 81             215,808
+    encoder.layer2    C3, 4 blocks, /2                                  512 x 41 x 41           1,219,584
+    encoder.layer3    C4, 23 blocks, /2                                1024 x 21 x 21          26,090,496
+    encoder.layer4    C5, 3 blocks, /2                                 2048 x 11 x 11          14,964,736
+    pyramid           C5 in 1, 4, 9, 36 bins, a 1x1 conv each       4 x 256 x 11 x 11           2,099,200
+    pyramid_out       P5: 3x3 conv of C5 beside the four                256 x 11 x 11           7,078,400
+    laterals          1x1 convs of C4, C3, C2, added to the level above 256 x their sizes         460,288
+    outputs           P4, P3, P2: 3x3 convs of these sums               256 x their sizes       1,771,008
+    fuse              3x3 conv of P2, P3, P4, P5 side by side           256 x 81 x 81           2,359,808
+    segmentation      3x3 conv, 1x1 conv: logits of y                    21 x 81 x 81             595,733
+    attention         3x3 conv, 1x1 conv: logits of alpha                20 x 81 x 81             595,476
+    embedding         3x3 conv, 1x1 conv: beta                           64 x 81 x 81             606,784
+    -----------------------------------------------------------------------------------------------------
+    in training, and at test (without the last two rows)                               58,066,857, 56,864,597
+
+Every convolution has a BatchNorm and a ReLU behind it, but for the last of each decoder.
+
+Who uses it: train_box2seg.py trains Box2SegNet on normalize()d batches and saves it; evaluate.py reads it back with
+load_network() and calls predict(). This file imports torch, torchvision and numpy, prints nothing, and downloads
+nothing unless pretrained=True asks for it.
+
+    network = Box2SegNet(num_classes=21, pretrained=True)
+    logits, attention, embeddings = network.train()(normalize(images))     # images: (N, H, W, 3) uint8
+    probabilities = predict(network, image, scales=(0.75, 1.0, 1.25), flip=True)     # (21, H, W)
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+BINS = (1, 2, 3, 6)                           # side of the pooled maps: PSPNet's and UPerNet's
+
+# ImageNet's mean and standard deviation, for RGB in 0..1: what torchvision's weights were trained with.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def normalize(images):
+    """
+    uint8 RGB pictures (N, H, W, 3), 0..255, on any device -> float32 (N, 3, H, W), ImageNet-normalised.
+
+    To be called after the batch has travelled to the device: a uint8 is a quarter of a float. Pictures lie in memory
+    pixel by pixel, so the permuted view *is* channels_last, the layout that convolutions like best; it stays so.
+    Raises ValueError on anything else than uint8 (N, H, W, 3).
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.numel() == 0:
+        got = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape[1:] if images.ndim else ())}"
+        raise ValueError(f"pictures must be RGB, uint8 (height, width, 3) with values 0..255, not {got}")
+    x = images.permute(0, 3, 1, 2).float()                                       # (N, 3, H, W)
+    for c in range(3):                        # plain numbers: a tensor of means would make the CPU wait for the GPU
+        x[:, c].sub_(255 * MEAN[c]).div_(255 * STD[c])
+    return x
+
+
+# ---- layers ---------------------------------------------------------------------------------------------------------
+
+def conv_bn_relu(inputs, outputs, size):
+    """Convolution (size x size, stride 1) - BatchNorm - ReLU: (N, inputs, h, w) -> (N, outputs, h, w)."""
+    conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)       # BatchNorm brings the bias
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")    # as torchvision's ResNet does
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+def decoder(inputs, outputs):
+    """One branch, "2 convolutional layers" (Sect. 4.1): 3x3-BN-ReLU, 1x1. (N, inputs, h, w) -> (N, outputs, h, w)."""
+    # PAPER SILENT: kernel sizes and width of the decoders and how they start; 3x3 as wide as the pyramid, then 1x1, the
+    # heads of UPerNet's released code; the 1x1 starts at normal(0, 0.01) and bias 0, so that training begins at
+    # uniform y and at alpha = 1/2.
+    last = nn.Conv2d(inputs, outputs, 1)
+    nn.init.normal_(last.weight, std=0.01)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*conv_bn_relu(inputs, inputs, 3), last)
+
+
+def average_pool(x, bins):
+    """
+    F.adaptive_avg_pool2d(x, bins), (N, C, H, W) -> (N, C, bins, bins), as a product with two averaging matrices.
+
+    PyTorch's own has no deterministic backward on CUDA, torch.use_deterministic_algorithms would refuse to train with
+    it. A matrix product has one.
+    """
+    def averaging_matrix(size):                                                  # (bins, size), each row sums to 1
+        b = torch.arange(bins, device=x.device)[:, None]
+        p = torch.arange(size, device=x.device)
+        overlap = (p * bins < (b + 1) * size) & ((p + 1) * bins > b * size)      # of pixel [p, p+1) and bin b
+        return (overlap / overlap.sum(1, keepdim=True)).to(x.dtype)
+
+    rows, columns = averaging_matrix(x.shape[2]), averaging_matrix(x.shape[3])   # (bins, H), (bins, W)
+    return torch.einsum("ah,nchw,bw->ncab", rows, x, columns)
+
+
+def upsample(x, like):
+    """
+    Bilinear, to the height and width of `like`, whatever they are: odd sizes need no padding.
+
+    Its backward is deterministic where torch.use_deterministic_algorithms asks for it (PyTorch then decomposes it).
+    """
+    if x.shape[2:] == like.shape[2:]:
+        return x
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+
+
+# ---- the network ----------------------------------------------------------------------------------------------------
+
+class Box2SegNet(nn.Module):
+    """
+    The three-branch network (Sect. 3.1, Fig. 3, Sect. 4.1).
+
+    num_classes    L + 1: counts the background, 21 for VOC
+    backbone       "resnet101" (paper), "resnet50", "resnet34", "resnet18"
+    embedding_dim  d, size of a pixel embedding
+    pretrained     start the encoder from torchvision's ImageNet weights, downloaded once
+    weights        start the encoder from this file instead, a state dict with torchvision's names, perhaps partial:
+                   self.weights_report says which tensors were loaded and which were not (format_report() prints it)
+    width          F, channels of the pyramid; None: 256 for ResNet-101 and -50, 64 for ResNet-34 and -18
+    attention, embedding   build these branches; without both it is the plain segmentation network
+
+    `arch` holds the arguments with which to build the same network again; it goes into the checkpoint.
+    Raises ValueError on an unknown backbone, fewer than 2 classes, or a weights file that cannot be used.
+
+    Where an output cell sits. The logits are (N, L+1, ceil(H/4), ceil(W/4)), and cell i of h stands for the interval
+    [i H/h, (i+1) H/h) of the image's height: for H a multiple of 4, pixels 4i .. 4i+3, centre on the line between
+    pixels 4i+1 and 4i+2. Both ways between cells and pixels must mean the same cell:
+      - labels down: F.interpolate(labels, (h, w), mode="nearest-exact") takes the pixel at the centre,
+        floor((i + 0.5) H/h) = 4i+2. (mode="nearest" would take the corner, pixel 4i, and shift all by half a cell.)
+      - logits up: F.interpolate(logits, (H, W), mode="bilinear", align_corners=False) puts the value at that centre.
+    The encoder's convolutions pad alike on both sides, so the receptive field of cell i is centred on pixel 4i, up to
+    1.5 pixels off the cell's centre. It is so in training and at test, and the convolutions behind it learn it.
+    """
+
+    def __init__(self, num_classes, backbone="resnet101", embedding_dim=64, pretrained=False, weights=None, width=None,
+                 attention=True, embedding=True):
+        super().__init__()
+        if backbone not in BACKBONES:
+            raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
+        if num_classes < 2:
+            raise ValueError(f"num_classes counts the background, so at least 2, not {num_classes}")
+        # PAPER SILENT: how far "similar to UPerNet" goes; the pyramid pooling, the FPN and the fused map that all heads
+        # share are built as in UPerNet's released code, but each pooled map gets its convolution before it is upsampled
+        # (as in PSPNet, and cheaper), and there is no auxiliary loss, no dropout, no dilation.
+        # PAPER SILENT: width F of the pyramid; 256, as in FPN. For the small backbones 64, so that a machine without
+        # a GPU can train them: with 256 the pyramid would cost several times the encoder.
+        width = width or (256 if backbone in ("resnet50", "resnet101") else 64)
+        # PAPER SILENT: the size d of an embedding; 64. Eq. 10 asks for affinity 0 between classes, that is for L + 1
+        # directions at right angles: 21 for VOC, which need d >= 21.
+        self.arch = dict(network="Box2SegNet", num_classes=num_classes, backbone=backbone, embedding_dim=embedding_dim,
+                         width=width, attention=attention, embedding=embedding)
+
+        self.encoder = torchvision.models.get_model(backbone, weights=None)
+        c5 = self.encoder.fc.in_features                                         # 2048, or 512 for ResNet-18, -34
+        c2, c3, c4 = c5 // 8, c5 // 4, c5 // 2
+        del self.encoder.fc                                                      # ImageNet's 1000 classes
+
+        self.pyramid = nn.ModuleList(conv_bn_relu(c5, width, 1) for _ in BINS)
+        self.pyramid_out = conv_bn_relu(c5 + len(BINS) * width, width, 3)
+        self.laterals = nn.ModuleList(conv_bn_relu(c, width, 1) for c in (c4, c3, c2))
+        self.outputs = nn.ModuleList(conv_bn_relu(width, width, 3) for _ in (c4, c3, c2))
+        self.fuse = conv_bn_relu(4 * width, width, 3)
+
+        # In this order: under one seed, networks with and without the other branches start alike in what they share.
+        self.segmentation = decoder(width, num_classes)
+        self.attention = decoder(width, num_classes - 1) if attention else None
+        self.embedding = decoder(width, embedding_dim) if embedding else None
+
+        self.weights_report = None
+        if weights is not None:
+            self.weights_report = load_encoder(self.encoder, weights, backbone)
+        elif pretrained:
+            download_encoder(self.encoder, backbone)
+
+    def features(self, x):
+        """Normalised images (N, 3, H, W), any size -> what the decoders share, (N, F, ceil(H/4), ceil(W/4))."""
+        norm = self.pyramid[0][1]
+        if len(x) == 1 and norm.training and isinstance(norm, nn.BatchNorm2d):   # (SyncBatchNorm counts all processes)
+            raise ValueError("training needs a batch of at least 2 images per process: BatchNorm on the map that is "
+                             "pooled to 1x1 has nothing to average over in a batch of 1")
+
+        # the encoder                                                            # shapes: 321x321, ResNet-101
+        e = self.encoder
+        x = e.relu(e.bn1(e.conv1(x)))                                            # (N,   64, 161, 161)
+        x = e.maxpool(x)                                                         # (N,   64,  81,  81)
+        c2 = e.layer1(x)                                                         # (N,  256,  81,  81)
+        c3 = e.layer2(c2)                                                        # (N,  512,  41,  41)
+        c4 = e.layer3(c3)                                                        # (N, 1024,  21,  21)
+        c5 = e.layer4(c4)                                                        # (N, 2048,  11,  11)
+
+        # pyramid pooling: the whole picture, its quarters, ... seen from every cell
+        context = [conv(average_pool(c5, bins)) for bins, conv in zip(BINS, self.pyramid)]   # (N, F, b, b), b in BINS
+        context = [c5] + [upsample(c, c5) for c in context]                      # (N, 2048 | F | F | F | F, 11, 11)
+        p = self.pyramid_out(torch.cat(context, dim=1))                          # (N, F, 11, 11)
+
+        # top-down: each level adds its own detail to what the level above knows
+        levels = [p]                                                             # P5
+        for c, lateral, output in zip((c4, c3, c2), self.laterals, self.outputs):
+            p = lateral(c) + upsample(p, c)                                      # (N, F, 21, 21), (41, 41), (81, 81)
+            levels.append(output(p))                                             # P4, P3, P2
+
+        fused = torch.cat([upsample(level, c2) for level in levels], dim=1)      # (N, 4F, 81, 81)
+        return self.fuse(fused)                                                  # (N,  F, 81, 81)
+
+    def branches(self, x):
+        """
+        All three branches, in any mode: normalised images (N, 3, H, W) ->
+        logits of y (N, L+1, h, w), logits of alpha (N, L, h, w), beta (N, d, h, w), with h = ceil(H/4), w = ceil(W/4).
+        Softmax, sigmoid and the normalisation of Eq. 9 are the losses' part. None for a branch that was not built.
+        """
+        f = self.features(x)                                                     # (N, F, 81, 81)
+        return (self.segmentation(f),                                            # (N, 21, 81, 81)
+                self.attention(f) if self.attention is not None else None,       # (N, 20, 81, 81)
+                self.embedding(f) if self.embedding is not None else None)       # (N, 64, 81, 81)
+
+    def forward(self, x):
+        """In training all three, see branches(); in eval mode the logits of y alone, (N, L+1, ceil(H/4), ceil(W/4))."""
+        return self.branches(x) if self.training else self.segmentation(self.features(x))
+
+    def plain(self):
+        """
+        The network at test time: alpha and beta's decoders are gone, the rest is shared with this one, not copied.
+
+        "Our model does not use additional parameters compared to any baselines" (Sect. 3.1): what comes back is built
+        as the baseline is, and load_state_dict asserts that each of its tensors is filled and none is left over.
+        """
+        arch = {**self.arch, "attention": False, "embedding": False}
+        del arch["network"]
+        with torch.device("meta"):            # a shell that takes no memory and draws no random numbers
+            network = Box2SegNet(**arch)
+        kept = {k: v for k, v in self.state_dict().items() if not k.startswith(("attention.", "embedding."))}
+        network.load_state_dict(kept, strict=True, assign=True)
+        return network.train(self.training)
+
+
+# ---- weights from a file --------------------------------------------------------------------------------------------
+
+def read_torch_file(path, remedy):
+    """torch.load onto the CPU, tensors and plain values only (weights_only). Raises ValueError if it cannot be read."""
+    try:
+        # Onto the CPU always: the random states in a checkpoint must stay there, load_state_dict moves the weights.
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {remedy}") from None
+    except Exception as error:                # broken bytes make the unpickler raise nearly anything
+        raise ValueError(f"{path}: not a readable PyTorch file ({type(error).__name__}), it may be cut short; "
+                         f"{remedy}") from None
+
+
+def load_matching(module, state):
+    """
+    Copies into `module` each tensor of the state dict that fits by name and shape, leaves the rest as it is.
+
+    Returns {"loaded", "missing", "unexpected", "reshaped": lists of names}: missing are the module's tensors that the
+    state dict lacks, unexpected are the state dict's that the module lacks, reshaped are in both but differ in shape.
+    """
+    own = module.state_dict()
+    fits = {k: v for k, v in state.items() if k in own and torch.is_tensor(v) and v.shape == own[k].shape}
+    module.load_state_dict(fits, strict=False)
+    return {"loaded": list(fits),
+            # BatchNorm's batch counters are read only by momentum=None, which nobody here uses: no loss if missing
+            "missing": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
+            "unexpected": [k for k in state if k not in own],
+            "reshaped": [k for k in state if k in own and k not in fits]}
+
+
+def load_encoder(encoder, path, backbone):
+    """
+    ImageNet weights from a file into the ResNet. The file: a state dict with torchvision's names, perhaps partial, or
+    {"state_dict": ...} or {"model": ...} around one; the names may carry DataParallel's "module.".
+
+    Returns load_matching's lists, with "file" (its path) and "not needed" (the names of ImageNet's classifier, fc.*).
+    Raises ValueError if the file cannot be read or nothing in it fits.
+    """
+    remedy = f"expected a state dict of torchvision's {backbone}, as torch.save writes it"
+    state = read_torch_file(path, remedy)
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds no state dict but a {type(state).__name__}; {remedy}")
+    state = {str(k).removeprefix("module."): v for k, v in state.items()}
+    head = [k for k in state if k.startswith("fc.")]
+    report = load_matching(encoder, {k: v for k, v in state.items() if k not in head})
+    if not report["loaded"]:
+        raise ValueError(f"{path}: none of its {len(state)} entries fits {backbone}; {remedy} "
+                         "(conv1.weight, layer1.0.conv1.weight, ...)")
+    return {"file": str(path), **report, "not needed": head}
+
+
+def format_report(report):
+    """weights_report as text: one line of counts, then the names of all that was not loaded, one line for each kind."""
+    kinds = [kind for kind, names in report.items() if isinstance(names, list)]
+    counts = f"{report.get('file', 'weights')}: " + ", ".join(f"{len(report[kind])} {kind}" for kind in kinds)
+    return "\n".join([counts] + [f"  {kind}: {' '.join(report[kind])}" for kind in kinds
+                                 if kind != "loaded" and report[kind]])
+
+
+def download_encoder(encoder, backbone):
+    """torchvision's ImageNet weights into the ResNet. Raises ValueError, naming the file to fetch, if it cannot."""
+    # IMAGENET1K_V1, not DEFAULT: the weights of the papers' years, 77.4 % top-1 for ResNet-101. V2 (81.9 %) comes from
+    # a recipe of 2021 and would lift every row of the tables for a reason that is in neither paper.
+    source = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+    try:
+        state = source.get_state_dict(check_hash=True, map_location="cpu")
+    except Exception as error:                # no network, no space, a wrong hash, a broken file in the cache
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"cannot get {source.url} ({reason}); fetch it elsewhere and give the file as weights, "
+                         "or start without pretrained weights") from None
+    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+
+
+NETWORKS = {"Box2SegNet": Box2SegNet}         # by the name in arch["network"]
+
+
+def load_network(path, device="cpu"):
+    """
+    Reads a checkpoint of the training scripts -> (network in eval mode on the device, the whole dict on the CPU).
+
+    The file is a dict with, among others, "model" (state dict), "class_names" (list of str, background first) and
+    "arch" (the network's class name and the arguments with which to build it again: Box2SegNet.arch).
+    Raises ValueError, one line that names the file and the remedy, if it is missing, broken, or not one of ours.
+    """
+    remedy = "give a checkpoint that train_box2seg.py wrote"
+    checkpoint = read_torch_file(path, remedy)
+    if not isinstance(checkpoint, dict) or not {"model", "class_names", "arch"} <= checkpoint.keys():
+        raise ValueError(f"{path}: not a checkpoint of ours (it lacks model, class_names or arch); {remedy}")
+    try:
+        arch = dict(checkpoint["arch"])
+        network = NETWORKS[arch.pop("network")](**arch)
+        network.load_state_dict(checkpoint["model"])
+        fits = len(checkpoint["class_names"]) == network.arch["num_classes"]
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{path}: its weights, arch and class_names do not fit together; {remedy}, of this version")
+    return network.eval().to(device), checkpoint
+
+
+# ---- test time ------------------------------------------------------------------------------------------------------
+
+def predict(model, image, scales=(1.0,), flip=False):
+    """
+    Class probabilities of one picture at its own resolution: (C, H, W) float32 on the model's device, sum 1 per pixel.
+
+    model   gives logits (1, C, h, w) for normalised images (1, 3, H, W) in eval mode; left in the mode it came in
+    image   RGB uint8 (H, W, 3), numpy array or tensor, any size
+    scales  the picture is resized by each of them; flip: and each is seen mirrored too. For every view: logits,
+            upsampled bilinearly to (H, W), softmax; the mean over views. One scale and no flip: the paper's plain test.
+    Raises ValueError on a picture that is not uint8 RGB, on no scale, and on a scale that is not above 0.
+    """
+    # PAPER SILENT: whether Table 1 uses several scales and mirroring at test, and how views are merged; one view by
+    # default, and the mean of probabilities (each view has one vote) where more are asked for.
+    if len(scales) == 0 or not all(0 < s < math.inf for s in scales):
+        raise ValueError(f"scales must be one or more numbers above 0, not {scales}")
+    if not torch.is_tensor(image):
+        image = torch.from_numpy(np.array(image))    # copied: mirrored views and read-only arrays trip from_numpy
+    views = len(scales) * (2 if flip else 1)
+    training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            x = normalize(image[None].to(next(model.parameters()).device))       # (1, 3, H, W)
+            H, W = x.shape[2:]
+            total = 0
+            for s in scales:
+                size = max(1, round(s * H)), max(1, round(s * W))
+                view = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True) if s != 1 else x
+                for mirrored in (False, True)[:1 + flip]:
+                    logits = model(view.flip(3)).flip(3) if mirrored else model(view)        # (1, C, sH/4, sW/4)
+                    logits = F.interpolate(logits.float(), (H, W), mode="bilinear", align_corners=False)
+                    total = total + logits.softmax(dim=1)                        # (1, C, H, W)
+    finally:
+        for m in training:                    # not model.train(): parts may be frozen in eval mode
+            m.training = True
+    return total[0] / views                   # outside inference_mode, so that the caller may use it in place

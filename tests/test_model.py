@@ -1,0 +1,516 @@
+"""
+model.py: parameter counts, shapes and modes, the sampling grid, weights files, checkpoints, predict.
+
+Networks here are ResNet-18 of width 8 with a fresh start, on pictures of a few dozen pixels; counts are of ResNet-101.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import model
+from model import Box2SegNet, average_pool, format_report, load_matching, load_network, normalize, predict
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def small(num_classes=4, **arguments):
+    """A small network whose answers differ between classes and pixels, as a trained one's do."""
+    network = Box2SegNet(num_classes, **{"backbone": "resnet18", "embedding_dim": 5, "width": 8, **arguments})
+    network.segmentation[-1].weight.data.normal_()
+    network.segmentation[-1].bias.data.normal_()
+    return network.eval()
+
+
+def picture(height, width, seed=0):
+    """Smooth random colours, uint8 (H, W, 3)."""
+    coarse = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
+    image = F.interpolate(coarse, (height, width), mode="bilinear")[0] * 255
+    return image.round().byte().permute(1, 2, 0).contiguous().numpy()
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+# ---- parameters -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("arguments", [
+    dict(num_classes=21, backbone="resnet101"), dict(num_classes=4, backbone="resnet18"),
+    dict(num_classes=4, backbone="resnet18", attention=False)])
+def test_no_parameter_more_than_the_baseline_at_test_time(arguments):
+    """Sect. 3.1: "our model does not use additional parameters compared to any baselines"."""
+    with torch.device("meta"):                                # counting needs no memory
+        full = Box2SegNet(**arguments)
+        baseline = Box2SegNet(**{**arguments, "attention": False, "embedding": False})
+    plain = full.plain()
+    assert count(plain) == count(baseline) < count(full)
+    assert [(n, p.shape) for n, p in plain.named_parameters()] == [(n, p.shape) for n, p in baseline.named_parameters()]
+    assert plain.arch == baseline.arch
+
+
+def test_parameters_of_the_paper_network():
+    with torch.device("meta"):
+        network = Box2SegNet(21)
+    assert network.arch == dict(network="Box2SegNet", num_classes=21, backbone="resnet101", embedding_dim=64, width=256,
+                                attention=True, embedding=True)
+    assert count(network.encoder) == 42_500_160               # torchvision's 44,549,160 less fc's 2,049,000
+    assert count(network) == 58_066_857
+    assert count(network.plain()) == 56_864_597
+
+
+def test_table_in_the_docstring():
+    """Each row of the table at the head of model.py: parameters and output channels are the network's own."""
+    with torch.device("meta"):
+        network = Box2SegNet(21)
+    rows = re.findall(r"^    ([a-z]\w+(?:\.\w+)?) .* ([\d,]+)$", model.__doc__, re.M)
+    counts = {name: int(number.replace(",", "")) for name, number in rows}
+    assert counts.pop("encoder.conv1") == count(network.encoder.conv1) + count(network.encoder.bn1)
+    totals = counts.pop("in"), int(re.search(r"([\d,]+), [\d,]+$", model.__doc__, re.M)[1].replace(",", ""))
+    assert totals == (count(network.plain()), count(network))
+    assert counts == {name: count(network.get_submodule(name)) for name in counts}
+    assert sorted(counts) == sorted([f"encoder.layer{i}" for i in (1, 2, 3, 4)]
+                                    + [name for name, _ in network.named_children() if name != "encoder"])
+
+
+@pytest.mark.parametrize("backbone, width", [("resnet18", 64), ("resnet34", 64), ("resnet50", 256), ("resnet101", 256)])
+def test_backbones_are_torchvisions(backbone, width):
+    with torch.device("meta"):
+        network = Box2SegNet(3, backbone)
+        theirs = torchvision.models.get_model(backbone).state_dict()
+    assert network.arch["width"] == network.fuse[0].out_channels == width
+    ours = network.encoder.state_dict()
+    assert {k: v.shape for k, v in theirs.items() if not k.startswith("fc.")} == {k: v.shape for k, v in ours.items()}
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="resnet152.*choose one of resnet18"):
+        Box2SegNet(3, "resnet152")
+    with pytest.raises(ValueError, match="at least 2"):
+        Box2SegNet(1, "resnet18")
+
+
+# ---- shapes and modes -----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("height, width, h, w", [(1, 1, 1, 1), (16, 7, 4, 2), (64, 64, 16, 16), (97, 131, 25, 33)])
+def test_any_size_stride_4(height, width, h, w):
+    network = small()
+    logits, attention, embeddings = network.branches(torch.randn(1, 3, height, width))
+    assert logits.shape == (1, 4, h, w)
+    assert attention.shape == (1, 3, h, w)
+    assert embeddings.shape == (1, 5, h, w)
+    assert all(torch.isfinite(b).all() for b in (logits, attention, embeddings))
+
+
+def test_shapes_of_the_paper_network():
+    """The shapes that the comments and the table name: ResNet-101, 321x321; the meta device computes shapes only."""
+    with torch.device("meta"):
+        network = Box2SegNet(21)
+        shapes = {}
+        for name, module in network.named_modules():
+            module.register_forward_hook(lambda m, i, out, name=name: shapes.setdefault(name, []).append(out))
+        network(torch.zeros(2, 3, 321, 321))
+    shape = {name: tuple(outs[0].shape) for name, outs in shapes.items() if torch.is_tensor(outs[0])}
+    assert shape["encoder.relu"] == (2, 64, 161, 161) and shape["encoder.maxpool"] == (2, 64, 81, 81)
+    assert [shape[f"encoder.layer{i}"][1:] for i in (1, 2, 3, 4)] == [(256, 81, 81), (512, 41, 41), (1024, 21, 21),
+                                                                     (2048, 11, 11)]
+    assert [shape[f"pyramid.{i}"] for i in range(4)] == [(2, 256, b, b) for b in (1, 2, 3, 6)]
+    assert shape["pyramid_out"] == (2, 256, 11, 11)
+    assert [shape[f"outputs.{i}"] for i in range(3)] == [(2, 256, s, s) for s in (21, 41, 81)]
+    assert shape["fuse"] == (2, 256, 81, 81)
+    assert [shape[b][1] for b in ("segmentation", "attention", "embedding")] == [21, 20, 64]
+    for line, expected in (("pyramid_out ", "256 x 11 x 11"), ("fuse ", "256 x 81 x 81"),
+                           ("encoder.layer3 ", "1024 x 21 x 21"), ("attention ", "20 x 81 x 81")):
+        assert re.search(rf"^    {line}.* {expected} ", model.__doc__, re.M)
+
+
+def test_training_gives_three_branches_and_eval_one():
+    network, x = small(), torch.randn(2, 3, 33, 40)
+    outputs = network.train()(x)
+    assert [tuple(o.shape) for o in outputs] == [(2, 4, 9, 10), (2, 3, 9, 10), (2, 5, 9, 10)]
+    network.eval()
+    assert torch.equal(network(x), network.branches(x)[0])
+
+
+def test_branches_that_are_not_built_are_none():
+    x = torch.randn(2, 3, 32, 32)
+    for attention, embedding in ((False, True), (True, False), (False, False)):
+        network = small(attention=attention, embedding=embedding).train()
+        logits, a, b = network(x)
+        assert logits.shape == (2, 4, 8, 8)
+        assert (a is not None, b is not None) == (attention, embedding)
+
+
+def test_logits_equal_the_pyramid_written_out():
+    """UPerNet once more, level by level, with PyTorch's own pooling and sizes given as numbers: 64x96 pixels."""
+    network, x = small(), torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        c1 = F.max_pool2d(network.encoder.bn1(network.encoder.conv1(x)).relu(), 3, 2, 1)
+        c2 = network.encoder.layer1(c1)
+        c3 = network.encoder.layer2(c2)
+        c4 = network.encoder.layer3(c3)
+        c5 = network.encoder.layer4(c4)
+
+        def grow(x, *size):
+            return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+        whole, quarters, ninths, bins36 = (network.pyramid[i](F.adaptive_avg_pool2d(c5, b)) for i, b in
+                                           enumerate((1, 2, 3, 6)))
+        p5 = network.pyramid_out(torch.cat([c5, grow(whole, 2, 3), grow(quarters, 2, 3), grow(ninths, 2, 3),
+                                            grow(bins36, 2, 3)], 1))
+        sum4 = network.laterals[0](c4) + grow(p5, 4, 6)
+        sum3 = network.laterals[1](c3) + grow(sum4, 8, 12)
+        sum2 = network.laterals[2](c2) + grow(sum3, 16, 24)
+        p4, p3, p2 = network.outputs[0](sum4), network.outputs[1](sum3), network.outputs[2](sum2)
+        f = network.fuse(torch.cat([grow(p5, 16, 24), grow(p4, 16, 24), grow(p3, 16, 24), p2], 1))
+        expected = network.segmentation(f), network.attention(f), network.embedding(f)
+        for ours, theirs in zip(network.branches(x), expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_plain_network_answers_alike_and_shares_weights():
+    network, x = small(), torch.randn(2, 3, 40, 33)
+    before = torch.get_rng_state()
+    plain = network.plain()
+    assert torch.equal(torch.get_rng_state(), before)         # a training run may call it without going another way
+    assert not plain.training and torch.equal(plain(x), network(x))
+    assert plain.branches(x)[1:] == (None, None)
+    network.segmentation[-1].bias.data += 1
+    assert torch.equal(plain(x), network(x))
+    assert network.train().plain().training
+
+
+def test_gradient_reaches_every_parameter_through_its_branch():
+    network, x = small().train(), torch.randn(2, 3, 64, 64)
+    for i, name in enumerate(("segmentation", "attention", "embedding")):
+        network.zero_grad()
+        output = network(x)[i]
+        (output * torch.randn_like(output)).sum().backward()
+        reached = {n for n, p in network.named_parameters() if p.grad is not None and p.grad.any()}
+        others = tuple({"segmentation.", "attention.", "embedding."} - {f"{name}."})
+        assert reached == {n for n, p in network.named_parameters() if not n.startswith(others)}
+
+
+def test_training_on_a_batch_of_one_says_what_is_needed():
+    network = small().train()
+    with pytest.raises(ValueError, match="batch of at least 2 images per process"):
+        network(torch.randn(1, 3, 64, 64))
+    network(torch.randn(2, 3, 1, 1))                          # while the smallest crop of all is no matter
+    network.eval()(torch.randn(1, 3, 64, 64))
+    network.train()
+    for m in network.modules():                               # nor is one image, when BatchNorm is frozen
+        if isinstance(m, nn.BatchNorm2d):
+            m.eval()
+    network(torch.randn(1, 3, 64, 64))
+
+
+def test_same_seed_same_start():
+    def start(**arguments):
+        torch.manual_seed(7)
+        return Box2SegNet(4, "resnet18", 5, width=8, **arguments).state_dict()
+    one, two, plain = start(), start(), start(attention=False, embedding=False)
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    assert plain.keys() < one.keys() and all(torch.equal(plain[k], one[k]) for k in plain)
+    torch.manual_seed(8)
+    assert not torch.equal(Box2SegNet(4, "resnet18", 5, width=8).fuse[0].weight, one["fuse.0.weight"])
+    fan_out = 8 * 3 * 3                                       # fuse: 32 channels in, 8 out, 3x3
+    assert abs(one["fuse.0.weight"].std() / (2 / fan_out) ** 0.5 - 1) < 0.1
+    assert not one["attention.3.bias"].any() and 0.005 < one["attention.3.weight"].std() < 0.02   # alpha starts at 1/2
+
+
+def test_channels_last_gives_the_same():
+    network, x = small(), torch.randn(2, 3, 45, 64)
+    expected = network.branches(x)
+    network.to(memory_format=torch.channels_last)
+    outputs = network.branches(x.contiguous(memory_format=torch.channels_last))
+    assert outputs[0].is_contiguous(memory_format=torch.channels_last)
+    for a, b in zip(outputs, expected):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_autocast_is_near():
+    network, x = small(), torch.randn(2, 3, 64, 64)
+    expected = network(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = network(x)
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_compiles_into_one_graph():
+    network, x = small().train(), torch.randn(2, 3, 32, 32)
+    compiled = torch.compile(network, fullgraph=True, backend="eager")           # fullgraph: a graph break is an error
+    with torch.no_grad():
+        for a, b in zip(compiled(x), network(x)):
+            torch.testing.assert_close(a, b)
+
+
+# ---- pooling and the sampling grid ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("bins", [1, 2, 3, 6])
+@pytest.mark.parametrize("size", [(1, 1), (2, 7), (6, 6), (11, 11), (13, 25)])
+def test_average_pool_equals_adaptive_avg_pool2d(size, bins):
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    a, b = average_pool(ours, bins), F.adaptive_avg_pool2d(theirs, bins)
+    weight = torch.randn_like(b)
+    (a * weight).sum().backward()
+    (b * weight).sum().backward()
+    # the averaging matrix divides in float32, so 1e-6 and not 1e-12
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+
+
+def test_average_pool_by_hand():
+    """5 cells in 2 bins: [0, 2.5) and [2.5, 5) overlap cells 0 1 2 and 2 3 4; cell 2 counts in both."""
+    x = torch.tensor([[[[1., 2., 6., 4., 8.]]]])
+    assert average_pool(x, 2).tolist() == [[[[3., 6.], [3., 6.]]]]
+
+
+def test_sampling_grid_as_documented():
+    """Labels go down to pixel 4i+2, logits go up centred between pixels 4i+1 and 4i+2."""
+    rows = torch.arange(32.).view(1, 1, 32, 1).expand(1, 1, 32, 32)
+    assert F.interpolate(rows, (8, 8), mode="nearest-exact")[0, 0, :, 0].tolist() == [4 * i + 2 for i in range(8)]
+    for H in (32, 33, 97):
+        h = -(-H // 4)
+        rows = torch.arange(float(H)).view(1, 1, H, 1)
+        labels = F.interpolate(rows, (h, 1), mode="nearest-exact").flatten()
+        assert labels.tolist() == [int((i + 0.5) * H / h) for i in range(h)]
+        spike = torch.zeros(1, 1, h, 1)
+        spike[0, 0, 3] = 1
+        up = F.interpolate(spike, (H, 1), mode="bilinear", align_corners=False).flatten()
+        centre = (up * (torch.arange(H) + 0.5)).sum() / up.sum()
+        assert abs(centre - 3.5 * H / h) < 0.1
+
+
+# ---- weights files --------------------------------------------------------------------------------------------------
+
+def resnet18_weights():
+    torch.manual_seed(3)
+    state = torchvision.models.resnet18().state_dict()
+    for k in state:
+        if k.endswith("running_mean"):
+            state[k] = torch.randn_like(state[k])
+    return state
+
+
+def test_partial_weights_are_reported_key_by_key(tmp_path):
+    """layer4 cut off, conv1 of another shape, one name that no ResNet has: all are named, the rest is loaded."""
+    state = {k: v for k, v in resnet18_weights().items() if not k.startswith("layer4")}
+    state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
+    state["layer9.weight"] = torch.zeros(3)
+    torch.save(state, tmp_path / "partial.pth")
+    network = Box2SegNet(3, "resnet18", width=8, weights=tmp_path / "partial.pth")
+    report, own = network.weights_report, network.encoder.state_dict()
+    assert report["file"] == str(tmp_path / "partial.pth")
+    layer4 = {k for k in own if k.startswith("layer4")}
+    assert set(report["missing"]) == {k for k in layer4 if not k.endswith("num_batches_tracked")}
+    assert report["unexpected"] == ["layer9.weight"]
+    assert report["reshaped"] == ["conv1.weight"]
+    assert report["not needed"] == ["fc.weight", "fc.bias"]
+    assert set(report["loaded"]) == {k for k in state if k in own} - {"conv1.weight"}
+    assert all(torch.equal(own[k], state[k]) for k in report["loaded"])
+    assert own["conv1.weight"].shape == (64, 3, 7, 7) and own["conv1.weight"].any()
+    lines = format_report(report).splitlines()
+    assert lines[0].endswith("partial.pth: 89 loaded, 25 missing, 1 unexpected, 1 reshaped, 2 not needed")
+    assert lines[1].startswith("  missing: layer4.0.conv1.weight layer4.0.bn1.weight")
+    assert lines[2:] == ["  unexpected: layer9.weight", "  reshaped: conv1.weight", "  not needed: fc.weight fc.bias"]
+
+
+def test_file_without_batch_counters_misses_nothing(tmp_path):
+    state = {k: v for k, v in resnet18_weights().items() if not k.endswith("num_batches_tracked")}
+    torch.save(state, tmp_path / "old.pth")
+    report = Box2SegNet(3, "resnet18", width=8, weights=tmp_path / "old.pth").weights_report
+    assert report["missing"] == report["unexpected"] == report["reshaped"] == []
+
+
+@pytest.mark.parametrize("wrap", [lambda s: {"state_dict": s, "epoch": 3}, lambda s: {"model": s},
+                                  lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}}])
+def test_wrapped_weights(tmp_path, wrap):
+    state = resnet18_weights()
+    torch.save(wrap(state), tmp_path / "wrapped.pth")
+    network = Box2SegNet(3, "resnet18", width=8, weights=tmp_path / "wrapped.pth")
+    assert len(network.weights_report["loaded"]) == 120 and not network.weights_report["missing"]
+    assert torch.equal(network.encoder.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
+def test_weights_that_cannot_be_used(tmp_path):
+    good = tmp_path / "good.pth"
+    torch.save(resnet18_weights(), good)
+    (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:100_000])
+    (tmp_path / "text.pth").write_text("<html>404</html>")
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"a": torch.zeros(1), 7: "b"}, tmp_path / "other.pth")
+    torch.save({"module": nn.Linear(2, 2)}, tmp_path / "code.pth")               # weights_only must refuse this
+    for name, reason in (("cut", "not a readable"), ("text", "not a readable"), ("empty", "not a readable"),
+                         ("list", "no state dict but a list"), ("other", "none of its 2 entries fits"),
+                         ("code", "not a readable"), ("absent", "no such file")):
+        with pytest.raises(ValueError, match=reason) as caught:
+            Box2SegNet(3, "resnet18", width=8, weights=tmp_path / f"{name}.pth")
+        message = str(caught.value)
+        assert f"{name}.pth" in message and "expected a state dict of torchvision's resnet18" in message
+        assert "\n" not in message
+
+
+def test_load_matching_leaves_the_rest():
+    """As --init does for a head of another class count."""
+    old, new = small(num_classes=4), small(num_classes=6, embedding=False)
+    head = new.segmentation[-1].weight.clone()
+    report = load_matching(new, old.state_dict())
+    assert set(report["reshaped"]) == {f"{b}.3.{k}" for b in ("segmentation", "attention") for k in ("weight", "bias")}
+    assert report["missing"] == [] and all(k.startswith("embedding.") for k in report["unexpected"])
+    assert torch.equal(new.segmentation[-1].weight, head) and torch.equal(new.fuse[0].weight, old.fuse[0].weight)
+
+
+def test_pretrained_takes_the_v1_weights(tmp_path, monkeypatch):
+    """torchvision finds a downloaded file by its name: a stand-in of that name. V1 files have no batch counters."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    state = {k: v for k, v in resnet18_weights().items() if not k.endswith("num_batches_tracked")}
+    url = torchvision.models.ResNet18_Weights.IMAGENET1K_V1.url
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    torch.save(state, folder / url.rsplit("/", 1)[1])
+    network = Box2SegNet(3, "resnet18", width=8, pretrained=True)
+    assert all(torch.equal(v, state[k]) for k, v in network.encoder.state_dict().items() if k in state)
+
+
+def test_pretrained_without_a_network_names_the_file(tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("name resolution failed")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(ValueError, match=r"cannot get https://.*resnet18.*name resolution failed.*give the file"):
+        Box2SegNet(3, "resnet18", width=8, pretrained=True)
+
+
+# ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+def test_load_network_round_trip(tmp_path):
+    network = small(attention=False).train()
+    network(torch.randn(4, 3, 32, 32))                        # moves BatchNorm's statistics
+    names = ["background", "disc", "ring", "cross"]
+    saved = {"model": network.state_dict(), "arch": network.arch, "class_names": names, "step": 12}
+    torch.save(saved, tmp_path / "last.pth")
+    loaded, checkpoint = load_network(tmp_path / "last.pth")
+    assert not loaded.training and loaded.arch == network.arch and loaded.attention is None
+    assert checkpoint["class_names"] == names and checkpoint["step"] == 12
+    x = torch.randn(1, 3, 40, 40)
+    assert torch.equal(loaded(x), network.eval()(x))
+
+
+def test_load_network_failures(tmp_path):
+    network = small()
+    good = {"model": network.state_dict(), "arch": network.arch, "class_names": list("abcd")}
+    torch.save(good, tmp_path / "good.pth")
+    load_network(tmp_path / "good.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "good.pth").read_bytes()[:50_000])
+    bad = {"weights": network.state_dict(), "list": [1], "no_arch": {**good, "arch": None},
+           "classes": {**good, "class_names": list("abc")},
+           "unknown": {**good, "arch": {**network.arch, "network": "UNet"}},
+           "argument": {**good, "arch": {**network.arch, "depth": 3}},
+           "wide": {**good, "arch": {**network.arch, "width": 16}}}
+    for name, content in bad.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+    for name in [*bad, "cut", "absent"]:
+        with pytest.raises(ValueError, match=f"{name}.pth: .*train_box2seg.py") as caught:
+            load_network(tmp_path / f"{name}.pth")
+        assert "\n" not in str(caught.value)
+
+
+# ---- predict --------------------------------------------------------------------------------------------------------
+
+def test_normalize_by_hand():
+    """A grey of 255 * 0.456: 0 in green; white: (1 - mean) / std; channels_last in memory; the input is left alone."""
+    images = torch.full((2, 3, 5, 3), 255, dtype=torch.uint8)
+    images[0] = 116
+    x = normalize(images)
+    assert x.shape == (2, 3, 3, 5) and x.dtype == torch.float32
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    white = torch.tensor([(1 - 0.485) / 0.229, (1 - 0.456) / 0.224, (1 - 0.406) / 0.225])
+    torch.testing.assert_close(x[1, :, 2, 4], white)
+    assert x[0, 1].abs().max() < 0.01 and (images[1] == 255).all() and (images[0] == 116).all()
+    with pytest.raises(ValueError, match="RGB, uint8"):
+        normalize(images.permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("size", [(37, 52), (64, 64), (1, 1), (5, 90)])
+def test_probabilities_at_the_images_own_size(size):
+    p = predict(small(), picture(*size), scales=(0.5, 1.0, 1.5), flip=True)
+    assert p.shape == (4, *size) and p.dtype == torch.float32
+    torch.testing.assert_close(p.sum(0), torch.ones(size))
+    assert p.min() >= 0
+    p /= 2                                                    # an ordinary tensor: may be changed in place
+
+
+def test_one_scale_is_upsampled_logits_then_softmax():
+    network, image = small(), picture(37, 52)
+    logits = network(normalize(torch.from_numpy(image)[None]))
+    expected = F.interpolate(logits, (37, 52), mode="bilinear", align_corners=False).softmax(1)[0]
+    assert expected.std() > 0.01                              # something to tell apart
+    torch.testing.assert_close(predict(network, image), expected)
+    torch.testing.assert_close(predict(network, torch.from_numpy(image)), expected)          # a tensor does as well
+
+
+def test_views_are_averaged():
+    network, image = small(), picture(40, 48)
+    one, half = predict(network, image), predict(network, image, scales=(0.5,))
+    assert (one - half).abs().max() > 1e-3
+    torch.testing.assert_close(predict(network, image, scales=(1.0, 0.5)), (one + half) / 2)
+    mirrored = predict(network, image[:, ::-1]).flip(2)       # a numpy view with a negative stride
+    assert (one - mirrored).abs().max() > 1e-3
+    torch.testing.assert_close(predict(network, image, flip=True), (one + mirrored) / 2)
+
+
+def test_half_scale_by_hand():
+    """Antialiased, so a picture of alternating black and white columns is the even grey it looks like from afar."""
+    network = small()
+    stripes = np.zeros((32, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    view = F.interpolate(normalize(torch.from_numpy(stripes)[None]), (16, 32), mode="bilinear", antialias=True)
+    assert view[0, 0, 8].std() < 0.1
+    expected = F.interpolate(network(view), (32, 64), mode="bilinear").softmax(1)[0]
+    torch.testing.assert_close(predict(network, stripes, scales=(0.5,)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flip_makes_the_answer_symmetric():
+    network, image = small(), picture(33, 50)
+    p = predict(network, image, flip=True)
+    q = predict(network, np.ascontiguousarray(image[:, ::-1]), flip=True)
+    torch.testing.assert_close(q.flip(2), p, rtol=1e-4, atol=1e-5)
+
+
+def test_predict_leaves_the_mode_and_the_weights():
+    network, image = small().train(), picture(32, 32)
+    network.encoder.bn1.eval()                                # a frozen part stays frozen
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    p = predict(network, image)
+    assert network.training and network.segmentation.training and not network.encoder.bn1.training
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+    torch.testing.assert_close(predict(network.eval(), image), p)
+    assert not network.training
+    with pytest.raises(ValueError):
+        predict(network.train(), image[:, :, 0])
+    assert network.training
+
+
+def test_predict_refuses_what_it_would_misread():
+    network, image = small(), picture(16, 16)
+    for wrong in (image.astype(np.float32), image[:, :, 0], image[:, :, :1], image[None], np.zeros((0, 4, 3), np.uint8),
+                  np.dstack([image, image[:, :, :1]])):
+        with pytest.raises(ValueError, match="RGB, uint8"):
+            predict(network, wrong)
+    for scales in ((), (1.0, 0.0), (-1,), (float("nan"),), (float("inf"),)):
+        with pytest.raises(ValueError, match="above 0"):
+            predict(network, image, scales=scales)

@@ -1,0 +1,366 @@
+"""train_box2seg.py: crops, order of batches, every row of the tables, interrupts, processes, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy_voc import make_toy_voc
+
+import losses
+import train_box2seg
+from model import load_network
+from train_box2seg import ROWS, batches, random_crop
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train_box2seg.py"
+# The least that still has every part: 2 stages, 3 steps an epoch.
+TINY = ("--recipe small --backbone resnet18 --width 8 --embedding-dim 8 --crop 32 --batch-size 4 --epochs 2 --scale 0.5 1 "
+        "--pretrain-epochs 1 --workers 0 --log-every 1 --device cpu --amp off").split()
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    data = tmp_path_factory.mktemp("toy") / "VOCdevkit"
+    make_toy_voc(data, images=12, val=3, size=(48, 64), seed=0)
+    return data
+
+
+def train(toy, out, *flags):
+    """One run in this process -> exit status."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        return train_box2seg.main(["--data", str(toy), "--out", str(out), *TINY, *map(str, flags)])
+    finally:
+        signal.signal(signal.SIGINT, handlers[0])
+        signal.signal(signal.SIGTERM, handlers[1])
+
+
+def command(*flags, **environment):
+    return subprocess.Popen([sys.executable, SCRIPT, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    """Two folders hold the same run, bit for bit: weights, momentum, every logged loss and score."""
+    one, two = (torch.load(out / "last.pt", weights_only=True) for out in (a, b))
+    for name in one["model"]:
+        assert torch.equal(one["model"][name], two["model"][name]), name
+    for key, state in one["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], two["optimizer"]["state"][key]["momentum_buffer"])
+    assert (one["stage"], one["step"], one["best"]) == (two["stage"], two["step"], two["best"])
+    logs = [[{k: v for k, v in r.items() if k != "images_per_second"} for r in log_of(out) if "args" not in r] for out in (a, b)]
+    assert logs[0] == logs[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Crops
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_a_crop_of_the_whole_image_is_the_image_or_its_mirror():
+    rng = np.random.default_rng(0)
+    image, labels = rng.integers(0, 256, (40, 40, 3), np.uint8), rng.integers(0, 5, (40, 40), np.uint8)
+    seen = set()
+    for seed in range(8):
+        view, (B, M) = random_crop(image, [labels, labels], np.random.default_rng(seed), 40, (1, 1), 0)
+        flip = not np.array_equal(view, image)
+        seen.add(flip)
+        assert np.array_equal(view, image[:, ::-1] if flip else image)
+        assert np.array_equal(B, labels[:, ::-1] if flip else labels) and np.array_equal(B, M)
+    assert seen == {False, True}
+
+
+def test_padding_is_unlabelled_and_of_the_mean_colour():
+    image, labels = np.zeros((20, 30, 3), np.uint8), np.zeros((20, 30), np.uint8)
+    for seed in range(8):
+        view, (B,) = random_crop(image, [labels], np.random.default_rng(seed), 64, (1, 1), 0)
+        assert (B == 0).sum() == 20 * 30 and (B == 255).sum() == 64 * 64 - 20 * 30
+        assert (view[B == 0] == 0).all() and (view[B == 255] == (124, 116, 104)).all()
+
+
+def test_image_and_labels_move_together_at_any_scale():
+    labels = np.kron(np.arange(12, dtype=np.uint8).reshape(3, 4), np.ones((40, 40), np.uint8))  # 12 squares, side 40
+    image = np.repeat(20 * labels[:, :, None] + 10, 3, axis=2)                                  # whose grey tells the class
+    for seed in range(30):
+        view, (B, M) = random_crop(image, [labels, 11 - labels], np.random.default_rng(seed), 64, (0.3, 3), 0)
+        told, inside = (view[:, :, 0].astype(int) - 10 + 10) // 20, B != 255
+        assert np.array_equal(inside, M != 255) and (B[inside] + M[inside] == 11).all()
+        wrong = (told != B) & inside  # only where two squares meet, which interpolation mixes
+        meets = np.zeros_like(inside)
+        for axis in (0, 1):
+            edge = np.diff(B.astype(int), axis=axis, prepend=np.take(B, [0], axis).astype(int)) != 0
+            meets |= edge | np.roll(edge, -1, axis) | np.roll(edge, -2, axis) | np.roll(edge, 1, axis)
+        assert not (wrong & ~meets).any()
+
+
+def test_colour_changes_the_picture_and_not_the_labels():
+    image, labels = np.full((32, 32, 3), 100, np.uint8), np.arange(1024, dtype=np.uint8).reshape(32, 32) % 5
+    view, (plain,) = random_crop(image, [labels], np.random.default_rng(3), 32, (1, 1), 0)
+    jittered, (same,) = random_crop(image, [labels], np.random.default_rng(3), 32, (1, 1), 0.5)
+    assert np.array_equal(plain, same) and not np.array_equal(view, jittered)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The order of training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_an_epoch_shows_each_image_once_and_the_processes_share_it():
+    whole = list(batches(13, 4, seed=5, start=0, stop=6, rank=0, world=1))
+    for epoch in (0, 1):
+        shown = [i for batch in whole[3 * epoch:3 * epoch + 3] for e, i in batch if e == epoch]
+        assert len(shown) == len(set(shown)) == 12
+    assert [i for _, i in whole[0]] != [i for _, i in whole[3]]
+    halves = [list(batches(13, 4, 5, 0, 6, rank, 2)) for rank in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*halves)] == [sorted(batch) for batch in whole]
+    for start in range(6):  # where a resumed run comes in does not change what follows
+        assert list(batches(13, 4, 5, start, 6, 0, 1)) == whole[start:]
+
+
+def test_the_paper_recipe_is_the_paper():
+    args, _ = train_box2seg.parse_arguments([])
+    assert (args.backbone, args.pretrained, args.epochs, args.lr) == ("resnet101", True, 40, 1e-4)
+    assert (args.momentum, args.weight_decay, args.power) == (0.9, 5e-4, 0.9)
+    assert (args.lambda_aw, args.lambda_alpha, args.lambda_a, args.gamma, args.pair_fraction) == (10, 1, 1, 0.7, 0.1)
+    small, given = train_box2seg.parse_arguments(["--recipe", "small", "--lr", "0.5"])
+    assert small.lr == 0.5 and small.backbone == "resnet18" and given == {"recipe": "small", "lr": 0.5}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_row_trains_its_own_terms(toy, tmp_path, row, capsys):
+    assert train(toy, tmp_path, "--loss", row) == 0
+    log = log_of(tmp_path)
+    assert log[0]["args"]["loss"] == row and log[0]["versions"]["torch"] == torch.__version__ and log[0]["images"] == 12
+    target, name, with_aw, _, with_a = ROWS[row]
+    expected = {name} | ({"L_AW", "L_alpha"} if with_aw else set()) | ({"L_A"} if with_a else set()) | {"L"}
+    steps = [r for r in log if r.get("stage") == 1 and "L" in r]
+    assert len(steps) == 6
+    assert all({k for k in r if k.startswith("L")} == expected for r in steps)
+    args = log[0]["args"]
+    for r in steps:  # Eq. 11
+        total = r[name] + args["lambda_aw"] * r.get("L_AW", 0) + args["lambda_alpha"] * r.get("L_alpha", 0) + r.get("L_A", 0)
+        assert r["L"] == pytest.approx(total, rel=1e-4)
+        assert r["lr"] == pytest.approx(0.02 * (1 - r["step"] / 6) ** 0.9)
+    pretraining = [r for r in log if r.get("stage") == 0 and "L_A" in r]
+    assert len(pretraining) == (3 if with_a else 0)
+    assert [r["epoch"] for r in log if "miou" in r] == [1, 2]
+    network, checkpoint = load_network(tmp_path / "last.pt")
+    assert checkpoint["class_names"][0] == "background" and (network.attention is not None) == with_aw
+    line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage 2  epoch 2/2")][0]
+    assert all(f"  {term} " in line for term in expected) and "mIoU" in line and "img/s" in line
+
+
+def test_training_learns(toy, tmp_path):
+    assert train(toy, tmp_path, "--loss", "mask", "--epochs", 15, "--val-every", 15) == 0
+    curve = [r["L_CE"] for r in log_of(tmp_path) if "L_CE" in r]
+    assert np.mean(curve[-6:]) < 0.7 * np.mean(curve[:6])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupts
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def whole_run(toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train(toy, out) == 0
+    return out
+
+
+@pytest.mark.parametrize("stage, after", [(0, 2), (1, 2), (1, 4)])
+def test_a_run_that_died_goes_on_bit_for_bit(toy, tmp_path, whole_run, monkeypatch, stage, after):
+    """Dies as from kill -9, with no chance to save, `after` steps into a stage; the last checkpoint may be older."""
+    calls, name = [0], ["affinity_loss", "box2seg_loss"][stage]
+    original = getattr(losses, name)
+
+    def dying(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] > after:
+            raise RuntimeError("died")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, name, dying)
+        with pytest.raises(RuntimeError, match="died"):
+            train(toy, tmp_path, "--save-every", 2, "--workers", 2)
+    assert train(toy, tmp_path, "--resume", "--workers", 1) == 0
+    assert_same_run(whole_run, tmp_path)
+
+
+def test_kill_9_and_ctrl_c(toy, tmp_path, whole_run):
+    flags = ["--data", toy, "--out", tmp_path, *TINY]
+    ends = []
+    for number in (signal.SIGKILL, signal.SIGINT):
+        process = command(*flags, "--save-every", 1, *(["--resume"] if ends else []))
+        seen = len(log_of(tmp_path)) if ends else 0
+        deadline = time.time() + 300
+        while process.poll() is None and time.time() < deadline:
+            if (tmp_path / "last.pt").exists() and len((tmp_path / "log.jsonl").read_text().splitlines()) > seen + 3:
+                process.send_signal(number)
+                break
+            time.sleep(0.02)
+        process.communicate(timeout=300)
+        ends.append(process.returncode)
+    assert ends[0] == -signal.SIGKILL and ends[1] in (0, 130)  # 0 if it was done before the signal came
+    assert train(toy, tmp_path, "--resume") == 0
+    # torch.set_num_threads differs between this process and those: compare with a run of their kind
+    assert log_of(tmp_path)[-1]["epoch"] == 2
+    assert [(r["stage"], r["step"]) for r in log_of(tmp_path) if "L" in r] == [
+        (r["stage"], r["step"]) for r in log_of(whole_run) if "L" in r]
+
+
+def test_resume_of_a_finished_run_changes_nothing(toy, tmp_path, whole_run):
+    before = (whole_run / "last.pt").read_bytes()
+    assert train(toy, whole_run, "--resume") == 0
+    assert (whole_run / "last.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_at_once_and_names_term_and_step(toy, tmp_path, monkeypatch, capfd):
+    original, calls = losses.background_loss, [0]
+
+    def breaking(logits, box_labels):
+        calls[0] += 1
+        return original(logits, box_labels) * (torch.inf if calls[0] == 5 else 1)
+
+    monkeypatch.setattr(losses, "background_loss", breaking)
+    with pytest.raises(train_box2seg.BadInput, match="L_AW is inf at step 4 of stage 2"):
+        train(toy, tmp_path, "--loss", "aw-fr", "--save-every", 1)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert last["step"] == 4 and all(value.isfinite().all() for value in last["model"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, precision, other starts
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_two_processes(toy, tmp_path):
+    """Sharded data and validation: one log, and the score of the synchronized weights is the score of one process."""
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29500 + os.getpid() % 1000),
+         SCRIPT, "--data", toy, "--out", tmp_path, *TINY], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    log = log_of(tmp_path)
+    assert log[0]["world"] == 2 and len([r for r in log if "args" in r]) == 1
+    assert [(r["stage"], r["step"]) for r in log if "L" in r] == [(0, i) for i in range(3)] + [(1, i) for i in range(6)]
+    network, _ = load_network(tmp_path / "last.pt")
+    voc = toy / "VOC2012"
+    ids = train_box2seg.read_list(voc / "ImageSets" / "Segmentation" / "val.txt")
+    alone = train_box2seg.validate(network, voc, ids, 6, 1.0, torch.autocast("cpu", enabled=False), 0, 1)
+    assert [r["miou"] for r in log if "miou" in r][-1] == pytest.approx(alone, abs=1e-3)
+
+
+def test_bf16_follows_float32(toy, tmp_path):
+    for amp in ("off", "bf16"):
+        assert train(toy, tmp_path / amp, "--amp", amp, "--epochs", 1) == 0
+    curves = [[r["L"] for r in log_of(tmp_path / amp) if "L" in r] for amp in ("off", "bf16")]
+    assert curves[0] != curves[1] and np.allclose(*curves, rtol=0.1)
+
+
+def test_init_from_another_class_count_starts_the_heads_fresh_and_says_so(toy, tmp_path, whole_run, capsys):
+    other = tmp_path / "VOCdevkit"
+    make_toy_voc(other, images=12, val=3, size=(48, 64), seed=1)
+    names = (other / "VOC2012" / "class_names.txt").read_text().split()
+    (other / "VOC2012" / "class_names.txt").write_text("\n".join(names + ["one", "more"]) + "\n")
+    assert train(other, tmp_path / "out", "--init", whole_run / "best.pt", "--loss", "grabcut", "--epochs", 1) == 0
+    said = capsys.readouterr().out
+    assert "fresh: segmentation.1.weight, segmentation.1.bias" in said.replace("segmentation.3", "segmentation.1")
+    assert "8 classes" not in said and "7 classes" in said
+
+
+def test_masks_is_a_fixed_fraction(toy, tmp_path, whole_run, capsys):
+    for seed in (0, 1):
+        assert train(toy, tmp_path / str(seed), "--masks", 0.5, "--init", whole_run / "best.pt", "--epochs", 1, "--seed", seed) == 0
+        assert log_of(tmp_path / str(seed))[0]["images"] == 6 and log_of(tmp_path / str(seed))[0]["args"]["loss"] == "mask"
+
+
+def test_partial_weights_start_the_encoder(toy, tmp_path, capsys):
+    import torchvision
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save({k: v for k, v in state.items() if not k.startswith(("layer4", "fc"))}, tmp_path / "partial.pth")
+    assert train(toy, tmp_path / "out", "--weights", tmp_path / "partial.pth", "--epochs", 1, "--loss", "grabcut") == 0
+    said = capsys.readouterr().out
+    assert "missing" in said and "layer4" in said
+
+
+def test_download_from_a_local_archive(toy, tmp_path):
+    archive = tmp_path / "archive" / "voc.tar"
+    archive.parent.mkdir()
+    with tarfile.open(archive, "w") as tar:
+        tar.add(toy, "VOCdevkit")
+    data = tmp_path / "here" / "VOCdevkit"
+    assert train(data, tmp_path / "out", "--download", archive.as_uri(), "--loss", "mask", "--epochs", 1) == 0
+    assert (data / "VOC2012" / "JPEGImages").is_dir() and (tmp_path / "out" / "last.pt").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input: one line, on stderr, status 2
+# ---------------------------------------------------------------------------------------------------------------------
+
+def complaint(*flags):
+    process = command(*flags)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2, (process.returncode, out, err)
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    return err
+
+
+def test_no_data_names_three_ways_on(tmp_path):
+    said = complaint("--data", tmp_path / "nowhere")
+    assert "nowhere" in said and "--download" in said and "toy_voc.py" in said and "own" in said
+
+
+def test_a_corrupt_picture_met_by_a_worker_is_one_line(toy, tmp_path):
+    data = tmp_path / "VOCdevkit"
+    make_toy_voc(data, images=4, val=2, size=(48, 64), seed=2)
+    name = train_box2seg.read_list(data / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt")[1]
+    picture = data / "VOC2012" / "JPEGImages" / f"{name}.jpg"
+    picture.write_bytes(picture.read_bytes()[:300])
+    assert f"{name}.jpg" in complaint("--data", data, "--out", tmp_path / "out", *TINY, "--workers", 1, "--loss", "mask")
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--crop", "8"], "--crop 8"),
+    (["--batch-size", "13"], "--batch-size 12 or less"),
+    (["--masks", "0.5", "--loss", "box"], "--loss mask"),
+    (["--split", "nosuch"], "nosuch.txt"),
+    (["--weights", "nosuch.pth"], "nosuch.pth"),
+    (["--init", "nosuch.pt"], "nosuch.pt"),
+    (["--resume"], "last.pt"),
+    pytest.param(["--device", "cuda"], "no CUDA", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has CUDA")),
+])
+def test_bad_flags(toy, tmp_path, flags, words):
+    with pytest.raises((train_box2seg.BadInput, ValueError), match="") as caught:
+        train(toy, tmp_path / "out", "--loss", "grabcut", *flags)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_arguments(toy, whole_run):
+    before = (whole_run / "last.pt").read_bytes()
+    with pytest.raises(train_box2seg.BadInput, match="--resume"):
+        train(toy, whole_run)
+    with pytest.raises(train_box2seg.BadInput, match="--lr 0.5: the run in .* has 0.02"):
+        train(toy, whole_run, "--resume", "--lr", "0.5")
+    assert (whole_run / "last.pt").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_one_line(toy, tmp_path, whole_run):
+    (tmp_path / "last.pt").write_bytes((whole_run / "last.pt").read_bytes()[:1000])
+    assert "last.pt" in complaint("--resume", "--out", tmp_path)
+
+
+def test_missing_truth_to_validate_on_is_said_before_training(toy, tmp_path):
+    data = tmp_path / "VOCdevkit"
+    make_toy_voc(data, images=4, val=2, size=(48, 64), seed=3)
+    name = train_box2seg.read_list(data / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt")[0]
+    (data / "VOC2012" / "SegmentationClass" / f"{name}.png").unlink()
+    with pytest.raises(train_box2seg.BadInput, match=f"{name}.png.*--val-split none"):
+        train(data, tmp_path / "out", "--loss", "grabcut")
+    assert train(data, tmp_path / "out", "--loss", "grabcut", "--val-split", "none", "--epochs", 1) == 0

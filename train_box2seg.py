@@ -1,0 +1,630 @@
+"""Train Box2Seg (Kulharia et al., ECCV 2020) from bounding boxes, its ablations, and the supervised rows beside it.
+
+    python train_box2seg.py --data VOCdevkit                                   # Table 1: Box2Seg, 74.9 in the paper
+    python train_box2seg.py --data VOCdevkit --loss grabcut                    # a row of Table 3
+    python train_box2seg.py --data VOCdevkit --init runs/box2seg/best.pt --masks 0.1     # a row of Table 5
+    python train_box2seg.py --data toy/VOCdevkit --recipe small                # drawn data, minutes on a laptop
+    torchrun --nproc-per-node 4 train_box2seg.py --data VOCdevkit --sync-bn    # four GPUs, the same total batch
+    python train_box2seg.py --resume --out runs/box2seg                        # go on where it stopped, bit for bit
+
+Reads    VOC2012/{JPEGImages,Annotations,ImageSets/Segmentation}, and SegmentationClass to validate on.
+Writes   VOC2012/{BoxMasks,GrabCutMasks} where missing (stage 0), and in --out:
+         last.pt, best.pt   checkpoints (best: by mIoU on --val-split), as evaluate.py reads them
+         log.jsonl          first line the arguments, git revision, versions, device, seed; then a record every
+                            --log-every steps: loss terms by their name in the paper, learning rate, images per second;
+                            and a record for each validation
+
+The paper's pipeline (Fig. 3, Sect. 4.1), top to bottom in main():
+    stage 0   boxes -> label maps B, GrabCut -> label maps M                  grabcut_labels.py
+    stage 1   pre-train encoder and embedding beta on M with Eq. 10           losses.affinity_loss
+    stage 2   train y, alpha and beta on Eq. 11                               losses.box2seg_loss
+"""
+import argparse
+import datetime
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+import grabcut_labels
+import losses
+from grabcut_labels import BadInput, class_names, find_voc, read_image, read_label, read_list
+from model import Box2SegNet, format_report, normalize, predict
+
+# What --loss trains on. Table 3: Box 59.3, GrabCut 72.7, Affinity 73.9, AW-box 74.1, AW-fr 74.6, Box2Seg 74.9 mIoU.
+# Table 4: mask 73.6, mask-aw 75.1.
+ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
+    "box":          ("boxes",          "L_box",   False, None,    False),
+    "grabcut":      ("grabcut",        "L_GC",    False, None,    False),
+    "affinity":     ("grabcut",        "L_GC",    False, None,    True),
+    "aw-box":       ("grabcut",        "L_GC",    True,  "box",   False),
+    "aw-fr":        ("grabcut",        "L_GC",    True,  "fr",    False),
+    "box2seg":      ("grabcut",        "L_GC",    True,  "fr",    True),
+    "mask":         ("masks",          "L_CE",    False, None,    False),
+    # PAPER SILENT: what keeps attention from 0 in Table 4. L_alpha^fr, with the filling rates of the true masks.
+    "mask-aw":      ("masks",          "L_CE",    True,  "fr",    False),
+    "filling-rate": ("boxes",          "L_FR",    False, None,    False),  # Song et al. 2019, the foil of Sect. 2
+}
+
+# --recipe sets these defaults; a flag of its own overrides each.
+RECIPES = {
+    "paper": dict(backbone="resnet101", pretrained=True, crop=321, epochs=40, pretrain_epochs=5, lr=1e-4,
+                  lambda_aw=10.0, lambda_alpha=1.0, lambda_a=1.0, clip_norm=0.0),
+    "small": dict(backbone="resnet18", pretrained=False, crop=128, epochs=15, pretrain_epochs=3, lr=0.02,
+                  lambda_aw=1.0, lambda_alpha=1.0, lambda_a=1.0, clip_norm=10.0),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+def random_crop(image, maps, rng, crop, scale_range, colour):
+    """One random view: scale, flip, crop, colour. image (H, W, 3) uint8 and the label maps (H, W) move together.
+
+    -> (crop, crop, 3) uint8, [(crop, crop) uint8, ...]. What lies outside the image is the mean colour, labelled 255:
+    padding is unlabelled, not background.
+    """
+    # PAPER SILENT: augmentation. Scale 0.5 to 2, flip and crop are what DeepLab and its kin of the time used.
+    scale = rng.uniform(*scale_range)
+    H, W = image.shape[:2]
+    side = max(1, round(crop / scale))  # the crop is a side x side window of the original: cutting first is cheaper
+    x, y = (int(rng.integers(min(0, n - side), max(0, n - side) + 1)) for n in (W, H))
+    x0, x1, y0, y1 = max(x, 0), min(x + side, W), max(y, 0), min(y + side, H)          # the part inside the image
+    u0, u1, v0, v1 = (round((t - o) * crop / side) for t, o in ((x0, x), (x1, x), (y0, y), (y1, y)))  # in the crop
+    u1, v1 = max(u1, u0 + 1), max(v1, v0 + 1)
+    flip = rng.random() < 0.5
+
+    def place(source, fill, how):
+        out = np.full((crop, crop) + source.shape[2:], fill, np.uint8)
+        out[v0:v1, u0:u1] = cv2.resize(source[y0:y1, x0:x1], (u1 - u0, v1 - v0), interpolation=how)
+        return np.ascontiguousarray(out[:, ::-1]) if flip else out
+
+    image = place(image, (124, 116, 104), cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)  # ImageNet's mean colour
+    maps = [place(labels, 255, cv2.INTER_NEAREST_EXACT) for labels in maps]
+    if colour:
+        picture = torch.from_numpy(image).permute(2, 0, 1)
+        for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
+            picture = adjust(picture, rng.uniform(1 - colour, 1 + colour))
+        image = picture.permute(1, 2, 0).numpy()
+    return image, maps
+
+
+class Crops(torch.utils.data.Dataset):
+    """(epoch, index) -> image (crop, crop, 3), B (crop, crop), labels for the cross-entropy (crop, crop), all uint8.
+
+    A view depends on (seed, epoch, index) alone, not on which worker draws it or what was drawn before: that is what
+    makes a run repeatable with any number of workers, and resumable in the middle of an epoch.
+    """
+    def __init__(self, files, num_classes, crop, scale_range, colour, seed):
+        self.files, self.num_classes, self.view, self.seed = files, num_classes, (crop, scale_range, colour), seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        image_file, *label_files = self.files(index)
+        image = read_image(image_file)
+        maps = [read_label(path, image.shape[:2], self.num_classes) for path in label_files]
+        rng = np.random.default_rng((self.seed, epoch, index))
+        image, maps = random_crop(image, maps, rng, *self.view)
+        return image, maps[0], maps[-1]  # with one label map B and labels are the same
+
+
+def batches(n, batch_size, seed, start, stop, rank, world):
+    """Batches number start to stop - 1 of an endless shuffled run over n images, this rank's share of each, as lists of
+    (epoch, index). The order is a function of the seed and the batch's number, so the step is the sampler's state."""
+    per_epoch = n // batch_size  # an incomplete last batch is left out, other images in each epoch
+    for step in range(start, stop):
+        epoch, k = divmod(step, per_epoch)
+        if k == 0 or step == start:
+            order = np.random.default_rng((seed, epoch)).permutation(n)
+        yield [(epoch, int(i)) for i in order[k * batch_size:(k + 1) * batch_size][rank::world]]
+
+
+def quiet_worker(_):
+    """In a data worker: one thread (the cores are shared out by worker), and an interrupt is the parent's business."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def training_list(voc, split):
+    """-> (ids, path of the list). --split, or trainaug.txt (the 10,582 images) where it exists, otherwise train.txt."""
+    folder = voc / "ImageSets" / "Segmentation"
+    for name in [split] if split else ["trainaug", "train"]:
+        if (folder / f"{name}.txt").exists():
+            return read_list(folder / f"{name}.txt"), folder / f"{name}.txt"
+    wanted = f"{split}.txt" if split else "trainaug.txt or train.txt"
+    raise BadInput(f"no image list {folder}/{wanted}: write one, an image id (file name without .jpg) a line")
+
+
+def truth_file(voc, image_id):
+    """The true mask of an image: of the extra 9,000 in SegmentationClassAug, as their usual download calls it."""
+    extra = voc / "SegmentationClassAug" / f"{image_id}.png"
+    return extra if extra.exists() else voc / "SegmentationClass" / f"{image_id}.png"
+
+
+def download(url, data):
+    """--download: VOC 2012 through torchvision, or the archive at another address (the official one is often down)."""
+    root = Path(data).parent if Path(data).name == "VOCdevkit" else Path(data)
+    root.mkdir(parents=True, exist_ok=True)
+    try:
+        if url == "official":
+            torchvision.datasets.VOCSegmentation(root, year="2012", image_set="train", download=True)
+        else:
+            torchvision.datasets.utils.download_and_extract_archive(url, root, filename=Path(url).name)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise BadInput(f"download of VOC 2012 failed ({error}): give a mirror as --download URL, or fetch "
+                       f"VOCtrainval_11-May-2012.tar by hand and unpack it in {root}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints and log
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save(path, state):
+    """Under a temporary name first: an interrupt leaves the old checkpoint, never half of a new one."""
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+
+
+def load(path):
+    """A checkpoint of this script -> its dict, tensors on the CPU. BadInput if it is missing, damaged or another's."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state["model"], state["arch"], state["class_names"], state["args"]
+        return state
+    except FileNotFoundError:
+        raise BadInput(f"no checkpoint {path}") from None
+    except Exception as error:  # torch.load has a dozen kinds for a damaged file
+        raise BadInput(f"{path}: not a checkpoint of this script ({type(error).__name__}): start without it") from None
+
+
+def load_matching(network, state, path):
+    """--init: take over every tensor whose shape fits; a head of another class count starts fresh, and we say so."""
+    own = network.state_dict()
+    fits = {name: value for name, value in state["model"].items() if name in own and own[name].shape == value.shape}
+    if not any(name.startswith("encoder.") for name in fits):
+        raise BadInput(f"{path}: no weight fits: it holds {state['arch']}, give the same --backbone")
+    network.load_state_dict(fits, strict=False)
+    fresh = [name for name in own if name not in fits]
+    return f"{len(fits)} of {len(own)} tensors from {path}" + (f"; fresh: {', '.join(fresh)}" if fresh else "")
+
+
+def git_revision():
+    """Which code this run was made with, for the log; None outside a git checkout."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True)
+        return git.stdout.decode().strip() or None
+    except OSError:
+        return None
+
+
+def write_log(path, record):
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def trim_log(path, stage, step):
+    """On resume, drop what was logged after the checkpoint was written: those steps come again."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:  # a line that a kill cut short
+            continue
+        if (record.get("stage", 0), record.get("step", 0)) <= (stage, step):
+            kept.append(line + "\n")
+    path.write_text("".join(kept))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
+# ---------------------------------------------------------------------------------------------------------------------
+
+def validate(network, voc, ids, num_classes, scale, autocast, rank, world):
+    """mIoU in 0..1 over the list, at the images' own resolution; each process takes its share of the images."""
+    device = next(network.parameters()).device
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
+    for image_id in ids[rank::world]:
+        image = read_image(voc / "JPEGImages" / f"{image_id}.jpg")
+        truth = torch.from_numpy(read_label(truth_file(voc, image_id), image.shape[:2], num_classes)).to(device)
+        with autocast:
+            prediction = predict(network, image, scales=(scale,)).argmax(0)
+        confusion += losses.confusion_matrix(prediction, truth, num_classes)
+    if world > 1:
+        dist.all_reduce(confusion)
+    return losses.iou(confusion).nanmean().item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+def parse_arguments(argv):
+    """-> (arguments, {name: value} of those that were given on the command line)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="(paper): the value is Box2Seg's. (ours): the paper does not say. Learning rate and loss weights belong "
+               "together:\nsee README.md, 'Learning rate and weights'.")
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--data", default="VOCdevkit", help="VOCdevkit, or the VOC2012 folder in it (default %(default)s)")
+    add("--download", nargs="?", const="official", metavar="URL", help="fetch VOC 2012 (2 GB) into --data first, "
+        "through torchvision, or from another address of the same archive")
+    add("--split", help="list to train on (default: trainaug if there is such a list, otherwise train)")
+    add("--val-split", default="val", help="list to validate on, 'none' for no validation (default %(default)s)")
+    add("--labels", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ are or are to be made (default: in --data)")
+    add("--loss", default="box2seg", choices=list(ROWS), help="row of Table 3 or 4; filling-rate: Song et al. "
+        "(default %(default)s)")
+    add("--recipe", default="paper", choices=list(RECIPES), help="defaults for the paper's setting, or for a small "
+        "network from scratch on small pictures (default %(default)s)")
+    add("--out", help="folder for checkpoints and log (default runs/LOSS)")
+    add("--resume", action="store_true", help="go on from --out's last.pt, with its arguments")
+    add("--overwrite", action="store_true", help="start anew though --out has a last.pt")
+    add("--seed", type=int, default=0, help="of initial weights, order, crops and drawn pixels (default %(default)s)")
+
+    group = parser.add_argument_group("network")
+    add = group.add_argument
+    add("--backbone", choices=["resnet18", "resnet34", "resnet50", "resnet101"],
+        help="(paper: resnet101; default %(default)s)")
+    add("--pretrained", action=flag, help="start the encoder from torchvision's ImageNet weights (paper)")
+    add("--weights", metavar="FILE", help="start the encoder from this state dict of a torchvision ResNet, perhaps "
+        "partial")
+    add("--embedding-dim", type=int, default=64, help="d of the embeddings beta (ours: %(default)s)")
+    add("--width", type=int, help="channels of pyramid and decoders (ours: 256, ResNet-18 and 34: 64)")
+    add("--init", metavar="CHECKPOINT", help="start the whole network from this checkpoint; what does not fit starts "
+        "fresh")
+    add("--masks", type=float, default=1.0, metavar="FRACTION", help="for --loss mask: train on this fixed random "
+        "fraction of the images (paper, Table 5: 0.05, 0.1, 1; default %(default)s)")
+
+    group = parser.add_argument_group("optimization")
+    add = group.add_argument
+    add("--epochs", type=int, help="of stage 2 (paper: 40; default %(default)s)")
+    add("--pretrain-epochs", type=int, help="of stage 1, embedding alone; 0 for none (ours: 5; default %(default)s)")
+    add("--batch-size", type=int, default=16, help="over all processes (ours: %(default)s)")
+    add("--lr", type=float, help="initial learning rate (paper: 1e-4; default %(default)s)")
+    add("--momentum", type=float, default=0.9, help="(paper: %(default)s)")
+    add("--weight-decay", type=float, default=5e-4, help="(paper: %(default)s)")
+    add("--power", type=float, default=0.9, help="lr = initial (1 - step / steps)^power (paper, after DeepLab: 0.9)")
+    add("--clip-norm", type=float, help="largest norm of the gradient, 0 for any (ours; default %(default)s)")
+    add("--lambda-aw", type=float, help="weight of L_AW (paper: 10; default %(default)s)")
+    add("--lambda-alpha", type=float, help="weight of L_alpha (paper: 1; default %(default)s)")
+    add("--lambda-a", type=float, help="weight of L_A (paper: 1; default %(default)s)")
+    add("--gamma", type=float, default=0.7, help="least share of GrabCut's filling rate (paper: %(default)s)")
+    add("--pair-fraction", type=float, default=0.1, help="of pixel pairs that L_A sees (paper: %(default)s in stage 1)")
+    add("--detach-targets", action="store_true", help="L_A in stage 2 trains the embeddings only, not y (ours: off)")
+
+    group = parser.add_argument_group("augmentation")
+    add = group.add_argument
+    add("--crop", type=int, help="side of the training crops, pixels (ours: 321; default %(default)s)")
+    add("--scale", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="random scale (ours: 0.5 2)")
+    add("--colour", type=float, default=0.3, help="random brightness, contrast, saturation of 1 +- this (ours: 0.3)")
+    add("--val-scale", type=float, default=1.0, help="validation pictures go through the network "
+        "at this scale; scores are at full size (ours: 1)")
+
+    group = parser.add_argument_group("machine")
+    add = group.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu (default here: "
+        "%(default)s)")
+    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision (ours: auto, "
+        "that is bf16 where the hardware has it)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--sync-bn", action="store_true", help="batch norm over all processes")
+    add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower)")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="data processes (default here: %(default)s)")
+    add("--log-every", type=int, default=20, help="steps between log records (default %(default)s)")
+    add("--save-every", type=int, default=500, help="steps between checkpoints within an epoch (default %(default)s)")
+    add("--val-every", type=int, default=1, help="epochs between validations (default %(default)s)")
+
+    first = argparse.ArgumentParser(add_help=False)  # the recipe decides on the other defaults, so it is read first
+    first.add_argument("--recipe", default="paper")
+    parser.set_defaults(**RECIPES.get(first.parse_known_args(argv)[0].recipe, {}))
+    arguments = parser.parse_args(argv)
+    unset = object()
+    everything = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(arguments), unset)))
+    return arguments, {name: value for name, value in vars(everything).items() if value is not unset}
+
+
+def check(args, given):
+    """What can be seen to be wrong before any work is done."""
+    for ok, message in [
+        (args.crop >= 32, f"--crop {args.crop}: wanted 32 or more"),
+        (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: wanted 0 < MIN <= MAX"),
+        (args.epochs >= 1 and args.pretrain_epochs >= 0, "--epochs: wanted at least 1"),
+        (0 < args.masks <= 1, f"--masks {args.masks}: wanted a fraction of the images, above 0 and at most 1"),
+        (args.masks == 1 or ROWS[args.loss][0] == "masks", "--masks goes with --loss mask or mask-aw"),
+        (0 <= args.colour < 1, f"--colour {args.colour}: wanted 0 <= colour < 1"),
+        (min(args.log_every, args.save_every, args.val_every) >= 1, "--log-, --save-, --val-every: wanted 1 or more"),
+        (not args.device.startswith("cuda") or torch.cuda.is_available(),
+         f"--device {args.device}: this PyTorch sees no CUDA GPU: give --device cpu, or install a CUDA build of torch"),
+        (args.val_scale > 0, f"--val-scale {args.val_scale}: wanted more than 0"),
+    ]:
+        if not ok:
+            raise BadInput(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+
+def main(argv):
+    args, given = parse_arguments(argv)
+    if args.masks < 1 and "loss" not in given:
+        args.loss = "mask"  # Table 5
+    out = Path(args.out or f"runs/{args.loss}")
+    saved = None
+    if args.resume:
+        saved = load(out / "last.pt")
+        free = {"out", "resume", "overwrite", "data", "labels", "device", "workers", "log_every", "save_every"}
+        for name, value in given.items():
+            if name not in free and value != saved["args"][name]:
+                raise BadInput(f"--{name.replace('_', '-')} {value}: the run in {out} has {saved['args'][name]}; "
+                               "leave it out to resume, or start another --out")
+        args = argparse.Namespace(**(saved["args"] | {name: value for name, value in given.items() if name in free}))
+    check(args, given)
+
+    # ---- processes and devices: the same script alone or under torchrun
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+    if args.batch_size % world or args.batch_size // world < 2:
+        raise BadInput(f"--batch-size {args.batch_size}: wanted at least 2 for each of {world} processes, evenly")
+    say = print if rank == 0 else lambda *_, **__: None
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = not args.deterministic  # all crops are of one size
+
+    # ---- data
+    if args.download and rank == 0:
+        download(args.download, args.data)
+    if world > 1:
+        dist.barrier()
+    try:
+        voc = find_voc(args.data)
+    except BadInput as error:
+        raise BadInput(f"{error}; three ways on: --download fetches VOC 2012; python tests/toy_voc.py {args.data} "
+                       "draws a small set; for boxes of your own see README.md, 'Your own boxes'") from None
+    names = class_names(voc)
+    ids, list_file = training_list(voc, args.split)
+    target, target_name, with_aw, regularizer, with_a = ROWS[args.loss]
+    if args.masks < 1:  # the same images whatever the seed of the run
+        keep = np.random.default_rng(0).permutation(len(ids))[:max(1, round(args.masks * len(ids)))]
+        ids = [ids[i] for i in sorted(keep)]
+    say(f"{len(ids)} training images from {list_file}, {len(names) - 1} classes")
+    if len(ids) < args.batch_size:
+        raise BadInput(f"{list_file}: {len(ids)} images are less than one batch: give --batch-size {len(ids)} or less")
+
+    # ---- stage 0: B and M (Sect. 3.1)
+    need_boxes = with_aw or target == "boxes"
+    if (need_boxes or target == "grabcut") and rank == 0:
+        summary = grabcut_labels.make_labels(voc, ids, out=args.labels, workers=args.workers)
+        if summary["failures"]:
+            raise BadInput(f"{len(summary['failures'])} images got no labels ({summary['failures'][0]}): mend them or "
+                           f"take them off {list_file}")
+    if world > 1:
+        dist.barrier()
+    labels_dir = Path(args.labels or voc)
+    label_files = {"boxes": lambda i: labels_dir / "BoxMasks" / f"{i}.png",
+                   "grabcut": lambda i: labels_dir / "GrabCutMasks" / f"{i}.png", "masks": lambda i: truth_file(voc, i)}
+    wanted = (["boxes"] if need_boxes and target != "boxes" else []) + [target]
+
+    def files(index):  # of image number `index`: picture, then label maps, the cross-entropy's last
+        return [voc / "JPEGImages" / f"{ids[index]}.jpg", *(label_files[kind](ids[index]) for kind in wanted)]
+
+    for path in (path for index in range(len(ids)) for path in files(index)):
+        if not path.exists():
+            raise BadInput(f"no {path}, which {list_file} names: add it or take its id off the list")
+    val_ids = []
+    if args.val_split != "none" and (voc / "ImageSets" / "Segmentation" / f"{args.val_split}.txt").exists():
+        val_ids = read_list(voc / "ImageSets" / "Segmentation" / f"{args.val_split}.txt")
+        for path in (truth_file(voc, image_id) for image_id in val_ids):
+            if not path.exists():
+                raise BadInput(f"no true mask {path} to validate on: add it, or give --val-split none")
+    else:
+        say("no validation: no list of images with true masks")
+    crops = Crops(files, len(names), args.crop, tuple(args.scale), args.colour, args.seed)
+
+    # ---- network
+    torch.manual_seed(args.seed)
+    network = Box2SegNet(len(names), args.backbone, args.embedding_dim, width=args.width, attention=with_aw,
+                         embedding=with_a, weights=None if saved else args.weights,
+                         pretrained=args.pretrained and not (args.weights or args.init or saved))
+    if network.weights_report:
+        say(format_report(network.weights_report))
+    if args.init and not saved:
+        say(load_matching(network, load(args.init), args.init))
+    if saved:
+        network.load_state_dict(saved["model"])
+    network.to(device, memory_format=torch.channels_last)
+    if args.sync_bn:
+        network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if args.amp == "auto":  # bf16 where the hardware multiplies it: it needs no loss scaling and halves the memory
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        args.amp = "bf16" if native else "off"
+    half = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    rates = None
+    if args.loss == "filling-rate":
+        rates = grabcut_labels.class_fill_rates(voc, ids, out=args.labels).to(device)
+
+    # ---- where we are
+    stages = [("stage 1", args.pretrain_epochs if with_a else 0), ("stage 2", args.epochs)]
+    per_epoch = len(ids) // args.batch_size
+    first_stage, first_step = (saved["stage"], saved["step"]) if saved else (0, 0)
+    best = saved["best"] if saved else 0.0
+    if rank == 0:
+        if (out / "last.pt").exists() and not (args.resume or args.overwrite):
+            raise BadInput(f"{out} has a last.pt: --resume goes on from it, --overwrite starts anew, --out names another")
+        out.mkdir(parents=True, exist_ok=True)
+        trim_log(out / "log.jsonl", *((first_stage, first_step) if saved else (-1, 0)))
+        write_log(out / "log.jsonl", {
+            "args": vars(args), "git": git_revision(), "seed": args.seed, "images": len(ids), "classes": names,
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "opencv": cv2.__version__,
+                         "torchvision": torchvision.__version__, "numpy": np.__version__},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(), "world": world, "stage": first_stage, "step": first_step})
+
+    def checkpoint(name, stage, step):
+        if rank == 0:
+            save(out / name, {"model": network.state_dict(), "arch": network.arch, "class_names": names,
+                              "args": vars(args), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                              "stage": stage, "step": step, "best": best, "rng": torch.get_rng_state()})
+
+    # A first Ctrl-C (or a polite kill) lets the step finish, saves and leaves; a second one leaves at once. Several
+    # processes would not stop at the same step, so there the last regular checkpoint is what remains.
+    interrupted = []
+    if world == 1:
+        def interrupt(number, _):
+            interrupted.append(number)
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
+
+    for stage in range(first_stage, len(stages)):
+        title, epochs = stages[stage]
+        begin, total = first_step if stage == first_stage else 0, epochs * per_epoch
+        if begin >= total:
+            continue
+        optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=args.momentum,
+                                    weight_decay=args.weight_decay)
+        if saved and stage == first_stage:
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+            torch.set_rng_state(saved["rng"])  # nothing here draws from it any more; a dropout that you add would
+        model = torch.compile(network) if args.compile else network
+        if world > 1:  # stage 1 leaves the y and alpha decoders alone
+            model = torch.nn.parallel.DistributedDataParallel(
+                model, [device] if device.type == "cuda" else None, find_unused_parameters=title == "stage 1")
+        generator = torch.Generator(device)
+        plan = batches(len(ids), args.batch_size, args.seed + stage, begin, total, rank, world)
+        loader = iter(torch.utils.data.DataLoader(
+            crops, batch_sampler=plan, num_workers=args.workers, worker_init_fn=quiet_worker,
+            pin_memory=device.type == "cuda", multiprocessing_context="fork" if args.workers else None))
+        bar = tqdm(total=per_epoch, disable=None if rank == 0 else True, leave=False, unit="step", dynamic_ncols=True)
+        sums, count, waited, started = {}, 0, 0.0, time.time()
+        pending = None  # the loss of the step before: read one step late, when the GPU is done with it anyway
+
+        def settle():
+            """Look at the step before: stop if a term is not finite, log, show."""
+            nonlocal pending, count
+            if pending is None:
+                return
+            (step, lr, names_of_terms, values), pending = pending, None
+            terms = dict(zip(names_of_terms, values.tolist()))
+            for name, value in terms.items():
+                if not math.isfinite(value):
+                    good = f"; the last good checkpoint is {out / 'last.pt'}" if (out / "last.pt").exists() else ""
+                    raise BadInput(f"{name} is {value} at step {step} of {title}: stopped; try a lower --lr{good}")
+                sums[name] = sums.get(name, 0.0) + value
+            count += 1
+            if rank == 0 and step % args.log_every == 0:
+                rate = count * args.batch_size / (time.time() - started)
+                write_log(out / "log.jsonl", {"stage": stage, "step": step, "epoch": step / per_epoch, **terms,
+                                              "lr": lr, "images_per_second": round(rate, 2)})
+            bar.set_description_str(f"{title} " + " ".join(f"{k} {v:.3f}" for k, v in terms.items()), refresh=False)
+            bar.update()
+
+        for step in range(begin, total):
+            clock = time.time()
+            image, B, labels = (t.to(device, non_blocking=True) for t in next(loader))
+            waited += time.time() - clock
+            lr = args.lr * (1 - step / total) ** args.power
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # ---- forward: y, alpha, beta at a quarter of the crop's side (Sect. 4.1), labels brought to the same grid
+            model.train()
+            with autocast:
+                logits, attention, beta = model(normalize(image))
+            B, labels = (F.interpolate(t[:, None], logits.shape[2:], mode="nearest-exact")[:, 0] for t in (B, labels))
+            generator.manual_seed(((args.seed * 2 + stage) << 40) + step * world + rank)
+            drawn = losses.pair_samples(labels, len(names), args.pair_fraction) if with_a else None
+
+            # ---- losses, in float32
+            if title == "stage 1":  # "minimizing Eqn. 10 using M_i in place of y_i" (Sect. 4.1)
+                M = (labels[:, None] == torch.arange(len(names), device=device).view(1, -1, 1, 1)).float()
+                loss = losses.affinity_loss(beta, M, labels, drawn, generator)
+                terms = {"L_A": loss.detach()}
+            elif args.loss == "filling-rate":
+                loss = losses.filling_rate_loss(logits, labels, rates)
+                terms = {"L_FR": loss.detach()}
+            else:
+                alpha = attention.float().sigmoid() if with_aw else None
+                loss, terms = losses.box2seg_loss(
+                    logits, alpha, beta, B, labels, drawn, lambda_aw=args.lambda_aw if with_aw else 0,
+                    lambda_alpha=args.lambda_alpha, lambda_a=args.lambda_a if with_a else 0, regularizer=regularizer,
+                    gamma=args.gamma, detach_targets=args.detach_targets, generator=generator)
+                terms = {target_name if name == "L_GC" else name: value for name, value in terms.items()}
+
+            # ---- backward, clip, step
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            settle()
+            if args.clip_norm:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            pending = step, lr, list(terms) + ["L"], torch.stack([*terms.values(), loss.detach()]).float()
+
+            # ---- the end of an epoch: one line, validation, checkpoints
+            done = step + 1
+            if done % per_epoch == 0:
+                settle()
+                epoch, elapsed = done // per_epoch, time.time() - started
+                line = f"{title}  epoch {epoch:{len(str(epochs))}d}/{epochs}" + "".join(
+                    f"  {name} {total_ / count:.4f}" for name, total_ in sums.items())
+                line += f"  lr {lr:.1e}  {count * args.batch_size / elapsed:5.1f} img/s  wait {waited / elapsed:3.0%}"
+                if title == "stage 2" and val_ids and (epoch % args.val_every == 0 or done == total):
+                    miou = validate(network, voc, val_ids, len(names), args.val_scale, autocast, rank, world)
+                    better, best = miou > best, max(best, miou)
+                    line += f"  mIoU {100 * miou:5.2f}  best {100 * best:5.2f}"
+                    if rank == 0:
+                        write_log(out / "log.jsonl", {"stage": stage, "step": done, "epoch": epoch, "miou": miou})
+                    if better:
+                        checkpoint("best.pt", stage, done)
+                bar.clear()
+                say(line, flush=True)
+                bar.reset()
+                sums, count, waited, started = {}, 0, 0.0, time.time()
+            if done % per_epoch == 0 or done % args.save_every == 0 or interrupted:
+                settle()
+                checkpoint("last.pt", stage, done)
+            if interrupted:
+                bar.close()
+                say(f"interrupted after step {done} of {total} of {title}; to go on: python train_box2seg.py --resume "
+                    f"--out {out}")
+                return 130
+        bar.close()
+    if world > 1:
+        dist.destroy_process_group()
+    say(f"done: {out / 'last.pt'}" + (f"; best {100 * best:.2f} mIoU: {out / 'best.pt'}" if val_ids else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        status = main(sys.argv[1:])
+    except (BadInput, ValueError) as error:
+        message = str(error).strip().splitlines()[-1]  # a data worker wraps it in a traceback, whose last line it is
+        print("train_box2seg.py:", message.removeprefix("grabcut_labels.BadInput: "), file=sys.stderr)
+        status = 2
+    sys.exit(status)
