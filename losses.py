@@ -21,7 +21,7 @@ What holds for every loss:
   and gets exactly zero gradient.
 - A class, image or batch with nothing to sum adds a finite 0 that still carries gradient (distributed training needs
   every parameter to get one).
-- float32 inside whatever comes in, float64 stays float64. Call them outside autocast; inside it they still hold.
+- float32 inside whatever comes in, float64 stays float64. Call them outside autocast; inside it the values still hold.
 - No loop over pixels, classes or images, and nothing that makes a GPU wait for the CPU.
 - Each function runs when its source alone, with the losses that it names, is pasted into a file with the two imports
   below.
@@ -41,6 +41,8 @@ def cross_entropy_loss(logits, labels):
 
     logits (N, C, h, w), labels (N, h, w) in 0..C-1 or 255 -> scalar, the mean over the labelled pixels of the batch.
     """
+    if labels.shape != logits[:, 0].shape:  # gather would quietly take a corner
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)     # (N, C, h, w)
     labelled = labels != 255                                                                      # (N, h, w)
     # gather picks log y of the labelled class. (F.cross_entropy's CUDA kernel for maps is not deterministic.)
@@ -93,7 +95,8 @@ def attention_box_loss(alpha, box_labels):
     alpha (N, L, h, w) in [0, 1], box_labels (N, h, w) -> scalar.
     """
     # PAPER SILENT: Eq. 6 as printed sums over all pixels, and with lambda_alpha = 1 would drown every other term, which
-    # are means. We take the mean over labelled pixels, the sum over classes and the mean over images.
+    # are means. We take the mean over labelled pixels, the sum over classes and the mean over images. (At the paper's
+    # weights this holds attention less firmly than L_alpha^fr does, and less so in small boxes.)
     alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
     classes = torch.arange(1, alpha.shape[1] + 1, device=alpha.device).view(1, -1, 1, 1)
     B = (box_labels[:, None] == classes).to(alpha.dtype)                                          # (N, L, h, w)
@@ -137,6 +140,7 @@ def fill_rate_loss(alpha, box_labels, mask_labels, gamma=0.7):
     alpha (N, L, h, w), box_labels, mask_labels (N, h, w) -> scalar, sum over the classes present, mean over images.
     """
     # PAPER SILENT: how classes and images are reduced. The sum over classes, as in Eq. 3, whose pull this one resists.
+    box_labels = torch.where(mask_labels == 255, 255, box_labels)  # so that eta and eta' look at the same pixels
     eta = fill_rate(mask_labels, box_labels, alpha.shape[1] + 1)                                  # (N, L)
     return (gamma * eta - attention_fill_rate(alpha, box_labels)).clamp(min=0).sum(1).mean()
 
@@ -152,14 +156,16 @@ def affinity(a, b):
 
     a (..., P, d), b (..., Q, d) -> (..., P, Q) in [-1, 1].
     """
-    a, b = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1) for x in (a, b))
+    a, b = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6) for x in (a, b))
     with torch.autocast(a.device.type, enabled=False):  # autocast would round the products to 16 bits
         return a @ b.transpose(-2, -1)
 
 
 def pair_samples(labels, num_classes, fraction=0.1):
-    """How many pixels per class to draw for Eq. 10, so that their pairs are `fraction` of an image's pixel pairs (Sect.
-    4.1: "randomly sampling 10% of pixel pairs"): S draws make S^2 pairs, so S = sqrt(fraction) m, shared by the classes.
+    """How many pixels per class to draw for Eq. 10, so that their pairs are `fraction` of an image's pixel pairs.
+
+    Sect. 4.1: "randomly sampling 10% of pixel pairs". S draws make S^2 pairs, so S = sqrt(fraction) m, shared equally
+    by the classes that occur.
 
     labels (N, h, w) -> (N,) int64, at least 1.
     """
@@ -204,7 +210,7 @@ def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
     w = torch.zeros(labels.shape, dtype=dtype, device=labels.device).scatter(1, order, draws.to(dtype))
     w = w / w.sum(1, keepdim=True).clamp(min=1)                                                   # (N, m), sums to 1
 
-    e = F.normalize(embeddings.flatten(2).to(dtype), dim=1)                                       # (N, d, m)
+    e = F.normalize(embeddings.flatten(2).to(dtype), dim=1, eps=1e-6)                             # (N, d, m)
     y = targets.flatten(2).to(dtype)                                                              # (N, C, m)
     with torch.autocast(e.device.type, enabled=False):
         ee, ey, yy = (a * w[:, None] @ b.transpose(1, 2) for a, b in ((e, e), (e, y), (y, y)))
@@ -227,10 +233,13 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
     are the paper's (Sect. 4.1); a weight of 0 leaves its term out, which makes the rows of Table 3.
     -> (scalar, {"L_GC": ..., "L_AW": ..., "L_alpha": ..., "L_A": ...}), the terms unweighted and detached.
     """
+    # PAPER SILENT: how many pixels L_A draws in stage 2. 256 a class here; train_box2seg.py keeps to stage 1's 10 %.
     terms = {"L_GC": cross_entropy_loss(logits, mask_labels)}
     loss = terms["L_GC"]
     if lambda_aw:
         terms["L_AW"] = attention_weighted_loss(logits, alpha, box_labels)
+        if regularizer not in ("fr", "box"):
+            raise ValueError(f"regularizer {regularizer!r}: wanted 'fr' or 'box'")
         terms["L_alpha"] = (fill_rate_loss(alpha, box_labels, mask_labels, gamma) if regularizer == "fr" else
                             attention_box_loss(alpha, box_labels))
         loss = loss + lambda_aw * terms["L_AW"] + lambda_alpha * terms["L_alpha"]
@@ -256,6 +265,7 @@ def filling_rate_loss(logits, box_labels, rates):
     logits (N, L+1, h, w), box_labels (N, h, w), rates (L,) per class or (N, L) per image, in [0, 1] -> scalar, the mean
     cross-entropy over the pixels kept and those outside all boxes. The number kept is rates * area, rounded.
     """
+    # PAPER SILENT: two boxes of one class in an image. B does not tell them apart, so their pixels are ranked together.
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1)
     B = box_labels.flatten(1)[:, None] == classes                                                 # (N, L, m)

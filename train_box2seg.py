@@ -472,7 +472,7 @@ def main(argv):
     best = saved["best"] if saved else 0.0
     if rank == 0:
         if (out / "last.pt").exists() and not (args.resume or args.overwrite):
-            raise BadInput(f"{out} has a last.pt: --resume goes on from it, --overwrite starts anew, --out names another")
+            raise BadInput(f"{out} has a last.pt: --resume goes on from it, --overwrite starts anew")
         out.mkdir(parents=True, exist_ok=True)
         trim_log(out / "log.jsonl", *((first_stage, first_step) if saved else (-1, 0)))
         write_log(out / "log.jsonl", {

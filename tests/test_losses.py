@@ -370,6 +370,7 @@ def naive_attention_fill_rate(x):
 
 
 def naive_fill_rate_loss(x):
+    x = SimpleNamespace(**vars(x) | {"box_labels": x.box_labels.masked_fill(x.mask_labels == 255, 255)})
     pairs = zip(naive_fill_rate(x), naive_attention_fill_rate(x))
     return sum(max(0.0, 0.7 * eta - eta_prime) for image in pairs for eta, eta_prime in zip(*image)) / len(x.box_labels)
 
