@@ -36,7 +36,7 @@ from tqdm import tqdm
 from losses import confusion_matrix, iou
 from model import load_network, normalize, predict
 
-# ==== shared block "VOC on disk": equal to the byte in grabcut_labels.py and evaluate.py, which do not import each other
+# ==== shared block "VOC on disk": equal to the byte in grabcut_labels.py and evaluate.py
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
                "person pottedplant sheep sofa train tvmonitor").split()
 

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-# ==== shared block "VOC on disk": equal to the byte in grabcut_labels.py and evaluate.py, which do not import each other
+# ==== shared block "VOC on disk": equal to the byte in grabcut_labels.py and evaluate.py
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
                "person pottedplant sheep sofa train tvmonitor").split()
 

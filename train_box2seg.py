@@ -64,7 +64,7 @@ RECIPES = {
     "paper": dict(backbone="resnet101", pretrained=True, crop=321, epochs=40, pretrain_epochs=5, lr=1e-4,
                   lambda_aw=10.0, lambda_alpha=1.0, lambda_a=1.0, clip_norm=0.0),
     "small": dict(backbone="resnet18", pretrained=False, crop=128, epochs=15, pretrain_epochs=3, lr=0.02,
-                  lambda_aw=1.0, lambda_alpha=1.0, lambda_a=1.0, clip_norm=10.0),
+                  lambda_aw=1.0, lambda_alpha=5.0, lambda_a=1.0, clip_norm=10.0),
 }
 
 
@@ -151,9 +151,9 @@ def training_list(voc, split):
 
 
 def truth_file(voc, image_id):
-    """The true mask of an image: of the extra 9,000 in SegmentationClassAug, as their usual download calls it."""
-    extra = voc / "SegmentationClassAug" / f"{image_id}.png"
-    return extra if extra.exists() else voc / "SegmentationClass" / f"{image_id}.png"
+    """The true mask of an image: VOC's own, or that of the 9,000 extra images, whose usual folder has another name."""
+    own, extra = (voc / folder / f"{image_id}.png" for folder in ("SegmentationClass", "SegmentationClassAug"))
+    return extra if extra.exists() and not own.exists() else own
 
 
 def download(url, data):
@@ -583,10 +583,10 @@ def main(argv):
                 torch.nn.utils.clip_grad_norm_(network.parameters(), args.clip_norm)
             scaler.step(optimizer)
             scaler.update()
-            pending = step, lr, list(terms) + ["L"], torch.stack([*terms.values(), loss.detach()]).float()
+            done = step + 1  # steps of this stage behind us; the log counts so too
+            pending = done, lr, list(terms) + ["L"], torch.stack([*terms.values(), loss.detach()]).float()
 
             # ---- the end of an epoch: one line, validation, checkpoints
-            done = step + 1
             if done % per_epoch == 0:
                 settle()
                 epoch, elapsed = done // per_epoch, time.time() - started

@@ -148,7 +148,7 @@ def test_every_row_trains_its_own_terms(toy, tmp_path, row, capsys):
     for r in steps:  # Eq. 11
         total = r[name] + args["lambda_aw"] * r.get("L_AW", 0) + args["lambda_alpha"] * r.get("L_alpha", 0) + r.get("L_A", 0)
         assert r["L"] == pytest.approx(total, rel=1e-4)
-        assert r["lr"] == pytest.approx(0.02 * (1 - r["step"] / 6) ** 0.9)
+        assert r["lr"] == pytest.approx(0.02 * (1 - (r["step"] - 1) / 6) ** 0.9)
     pretraining = [r for r in log if r.get("stage") == 0 and "L_A" in r]
     assert len(pretraining) == (3 if with_a else 0)
     assert [r["epoch"] for r in log if "miou" in r] == [1, 2]
@@ -231,7 +231,7 @@ def test_a_loss_that_is_not_finite_stops_at_once_and_names_term_and_step(toy, tm
         return original(logits, box_labels) * (torch.inf if calls[0] == 5 else 1)
 
     monkeypatch.setattr(losses, "background_loss", breaking)
-    with pytest.raises(train_box2seg.BadInput, match="L_AW is inf at step 4 of stage 2"):
+    with pytest.raises(train_box2seg.BadInput, match="L_AW is inf at step 5 of stage 2"):
         train(toy, tmp_path, "--loss", "aw-fr", "--save-every", 1)
     last = torch.load(tmp_path / "last.pt", weights_only=True)
     assert last["step"] == 4 and all(value.isfinite().all() for value in last["model"].values())
@@ -249,7 +249,7 @@ def test_two_processes(toy, tmp_path):
     assert process.returncode == 0, process.stderr
     log = log_of(tmp_path)
     assert log[0]["world"] == 2 and len([r for r in log if "args" in r]) == 1
-    assert [(r["stage"], r["step"]) for r in log if "L" in r] == [(0, i) for i in range(3)] + [(1, i) for i in range(6)]
+    assert [(r["stage"], r["step"]) for r in log if "L" in r] == [(0, i) for i in (1, 2, 3)] + [(1, i) for i in range(1, 7)]
     network, _ = load_network(tmp_path / "last.pt")
     voc = toy / "VOC2012"
     ids = train_box2seg.read_list(voc / "ImageSets" / "Segmentation" / "val.txt")
