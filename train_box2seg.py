@@ -63,7 +63,7 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
 RECIPES = {
     "paper": dict(backbone="resnet101", pretrained=True, crop=321, epochs=40, pretrain_epochs=5, lr=1e-4,
                   lambda_aw=10.0, lambda_alpha=1.0, lambda_a=1.0, clip_norm=0.0),
-    "small": dict(backbone="resnet18", pretrained=False, crop=128, epochs=15, pretrain_epochs=3, lr=0.02,
+    "small": dict(backbone="resnet18", pretrained=False, crop=128, epochs=12, pretrain_epochs=2, lr=0.02,
                   lambda_aw=1.0, lambda_alpha=5.0, lambda_a=1.0, clip_norm=10.0),
 }
 
