@@ -42,7 +42,7 @@ from tqdm import tqdm
 import grabcut_labels
 import losses
 from grabcut_labels import BadInput, class_names, find_voc, read_image, read_label, read_list
-from model import Box2SegNet, format_report, normalize, predict
+from model import Box2SegNet, format_report, load_matching, normalize, predict, read_torch_file
 
 # What --loss trains on. Table 3: Box 59.3, GrabCut 72.7, Affinity 73.9, AW-box 74.1, AW-fr 74.6, Box2Seg 74.9 mIoU.
 # Table 4: mask 73.6, mask-aw 75.1.
@@ -60,6 +60,10 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
 }
 
 # --recipe sets these defaults; a flag of its own overrides each.
+# PAPER SILENT: batch size, crop, and how long stage 1 lasts; 16 (DeepLab's of the time is 10 to 20), 321 (DeepLab's),
+# and 5 epochs, an eighth of stage 2. The poly schedule runs anew in each stage.
+# PAPER SILENT: a setting for networks that start from scratch; "small" is ours, with lambda_alpha = 5 lambda_AW,
+# without which attention dies in the first steps (README.md, "Learning rate and weights").
 RECIPES = {
     "paper": dict(backbone="resnet101", pretrained=True, crop=321, epochs=40, pretrain_epochs=5, lr=1e-4,
                   lambda_aw=10.0, lambda_alpha=1.0, lambda_a=1.0, clip_norm=0.0),
@@ -134,10 +138,10 @@ def batches(n, batch_size, seed, start, stop, rank, world):
 
 
 def quiet_worker(_):
-    """In a data worker: one thread (the cores are shared out by worker), and an interrupt is the parent's business."""
+    """In a data worker: one thread (the cores are shared out by worker), and Ctrl-C is the parent's business."""
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def training_list(voc, split):
@@ -156,18 +160,20 @@ def truth_file(voc, image_id):
     return extra if extra.exists() and not own.exists() else own
 
 
-def download(url, data):
-    """--download: VOC 2012 through torchvision, or the archive at another address (the official one is often down)."""
-    root = Path(data).parent if Path(data).name == "VOCdevkit" else Path(data)
+def download(source, data):
+    """--download: VOC 2012 through torchvision; or from another address (the official one is often down), or a file."""
+    root = Path(data).parent if Path(data).name == "VOCdevkit" else Path(data)  # the archive holds VOCdevkit/VOC2012
     root.mkdir(parents=True, exist_ok=True)
     try:
-        if url == "official":
+        if source == "official":
             torchvision.datasets.VOCSegmentation(root, year="2012", image_set="train", download=True)
+        elif Path(source).is_file():
+            torchvision.datasets.utils.extract_archive(source, root)
         else:
-            torchvision.datasets.utils.download_and_extract_archive(url, root, filename=Path(url).name)
+            torchvision.datasets.utils.download_and_extract_archive(source, root, filename=Path(source).name)
     except (OSError, RuntimeError, ValueError) as error:
-        raise BadInput(f"download of VOC 2012 failed ({error}): give a mirror as --download URL, or fetch "
-                       f"VOCtrainval_11-May-2012.tar by hand and unpack it in {root}") from None
+        raise BadInput(f"--download failed ({error}): fetch VOCtrainval_11-May-2012.tar elsewhere and give its address or "
+                       f"file to --download, or unpack it in {root}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,26 +187,20 @@ def save(path, state):
 
 
 def load(path):
-    """A checkpoint of this script -> its dict, tensors on the CPU. BadInput if it is missing, damaged or another's."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state["model"], state["arch"], state["class_names"], state["args"]
-        return state
-    except FileNotFoundError:
-        raise BadInput(f"no checkpoint {path}") from None
-    except Exception as error:  # torch.load has a dozen kinds for a damaged file
-        raise BadInput(f"{path}: not a checkpoint of this script ({type(error).__name__}): start without it") from None
+    """A checkpoint of this script -> its dict, tensors on the CPU."""
+    state = read_torch_file(path, "start without it")
+    if not isinstance(state, dict) or not {"model", "arch", "class_names", "args"} <= state.keys():
+        raise BadInput(f"{path}: not a checkpoint of this script; start without it")
+    return state
 
 
-def load_matching(network, state, path):
-    """--init: take over every tensor whose shape fits; a head of another class count starts fresh, and we say so."""
-    own = network.state_dict()
-    fits = {name: value for name, value in state["model"].items() if name in own and own[name].shape == value.shape}
-    if not any(name.startswith("encoder.") for name in fits):
-        raise BadInput(f"{path}: no weight fits: it holds {state['arch']}, give the same --backbone")
-    network.load_state_dict(fits, strict=False)
-    fresh = [name for name in own if name not in fits]
-    return f"{len(fits)} of {len(own)} tensors from {path}" + (f"; fresh: {', '.join(fresh)}" if fresh else "")
+def initialize(network, path):
+    """--init: take over every tensor whose shape fits -> which start fresh, as a head of another class count does."""
+    report = load_matching(network, load(path)["model"])
+    if not any(name.startswith("encoder.") for name in report["loaded"]):
+        raise BadInput(f"{path}: nothing in it fits {network.arch['backbone']}: give the --backbone that it has")
+    fresh = report["missing"] + report["reshaped"]
+    return f"{path}: {len(report['loaded'])} tensors taken over, " + (f"fresh: {', '.join(fresh)}" if fresh else "all")
 
 
 def git_revision():
@@ -261,8 +261,8 @@ def parse_arguments(argv):
                "together:\nsee README.md, 'Learning rate and weights'.")
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
     add("--data", default="VOCdevkit", help="VOCdevkit, or the VOC2012 folder in it (default %(default)s)")
-    add("--download", nargs="?", const="official", metavar="URL", help="fetch VOC 2012 (2 GB) into --data first, "
-        "through torchvision, or from another address of the same archive")
+    add("--download", nargs="?", const="official", metavar="URL|FILE", help="fetch VOC 2012 (2 GB) into --data "
+        "first, through torchvision, or from another address of its archive, or from the archive itself")
     add("--split", help="list to train on (default: trainaug if there is such a list, otherwise train)")
     add("--val-split", default="val", help="list to validate on, 'none' for no validation (default %(default)s)")
     add("--labels", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ are or are to be made (default: in --data)")
@@ -407,7 +407,8 @@ def main(argv):
     if args.masks < 1:  # the same images whatever the seed of the run
         keep = np.random.default_rng(0).permutation(len(ids))[:max(1, round(args.masks * len(ids)))]
         ids = [ids[i] for i in sorted(keep)]
-    say(f"{len(ids)} training images from {list_file}, {len(names) - 1} classes")
+    say(f"{len(ids)} training images from {list_file}, {len(names) - 1} classes"
+        + (" (the paper's list has 10582 images)" if list_file.name == "trainaug.txt" else ""))
     if len(ids) < args.batch_size:
         raise BadInput(f"{list_file}: {len(ids)} images are less than one batch: give --batch-size {len(ids)} or less")
 
@@ -449,7 +450,7 @@ def main(argv):
     if network.weights_report:
         say(format_report(network.weights_report))
     if args.init and not saved:
-        say(load_matching(network, load(args.init), args.init))
+        say(initialize(network, args.init))
     if saved:
         network.load_state_dict(saved["model"])
     network.to(device, memory_format=torch.channels_last)
@@ -551,6 +552,8 @@ def main(argv):
                 group["lr"] = lr
 
             # ---- forward: y, alpha, beta at a quarter of the crop's side (Sect. 4.1), labels brought to the same grid
+            # PAPER SILENT: how B and M get to m = n / 16. Each cell takes the label at its centre, so that no label is
+            # blended with another; fill rates (Eq. 7) are those of the crop, on this grid.
             model.train()
             with autocast:
                 logits, attention, beta = model(normalize(image))

@@ -1,0 +1,56 @@
+"""README.md says what the code does: open questions, functions and flags that it names exist."""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import losses
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SCRIPTS = sorted(ROOT.glob("*.py"))
+
+
+def open_questions():
+    """Each PAPER SILENT comment of the code as one line of text."""
+    found = []
+    for script in SCRIPTS:
+        for block in re.findall(r"(?:^ *#.*\n)+", script.read_text(), re.M):
+            text = " ".join(line.strip().lstrip("#").strip() for line in block.splitlines())
+            found += [(script.name, part.strip()) for part in text.split("PAPER SILENT:")[1:]]
+    return found
+
+
+def test_every_open_question_of_the_code_is_in_the_readme_and_no_other():
+    listed = re.findall(r"^- \*\*`(\w+\.py)`\*\* (.*)$", README, re.M)
+    assert len(open_questions()) > 15
+    assert sorted(listed) == sorted(open_questions())
+    for script in SCRIPTS:  # none hides where the pattern above does not look
+        text = script.read_text()
+        assert text.count("PAPER SILENT") == sum(name == script.name for name, _ in open_questions()), script.name
+
+
+def test_every_loss_is_in_the_equation_table():
+    named = re.findall(r"`(\w+)\(", README)
+    for name in ("cross_entropy_loss", "foreground_loss", "background_loss", "attention_weighted_loss", "attention_box_loss",
+                 "fill_rate", "attention_fill_rate", "fill_rate_loss", "affinity", "affinity_loss", "box2seg_loss",
+                 "filling_rate_loss", "confusion_matrix", "iou"):
+        assert name in named and hasattr(losses, name)
+
+
+def test_files_and_flags_that_the_readme_names_exist():
+    for path in re.findall(r"\]\(([^)h#][^)#]*)\)", README):
+        assert (ROOT / path).exists(), path
+    for script in ("train_box2seg.py", "evaluate.py", "grabcut_labels.py"):
+        known = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, check=True).stdout
+        for command in re.findall(rf"python (?:\S+/)?{script}((?: [^\n`#&|]*(?:\\\n)?)*)", README):
+            for flag in re.findall(r"(?<!\S)--[a-z][a-z-]*", command):
+                assert flag in known, (script, flag)
+
+
+def test_shared_blocks_are_equal_to_the_byte():
+    blocks = {}
+    for script in SCRIPTS:
+        for name, body in re.findall(r'^# ==== shared block "([^"]+)"(.*?)^# ==== end of shared block', script.read_text(), re.M | re.S):
+            blocks.setdefault(name, set()).add(body)
+    assert blocks and all(len(bodies) == 1 for bodies in blocks.values()), {k: len(v) for k, v in blocks.items()}
