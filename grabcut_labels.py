@@ -170,6 +170,10 @@ def box_mask(boxes, classes, size):
 # ---------------------------------------------------------------- GrabCut
 # PAPER SILENT: GrabCut's iterations and where its background model comes from; 5 iterations, and only a margin of 10 %
 # of the box around it, since far parts of the image share colours with the object more often than they help.
+# PAPER SILENT: whether a box knows of its neighbours; what lies in another box of its class is not taken for sure
+# background ("background pixels outside all boxes are correctly labeled", Sect. 1): in a flock the margin is full of
+# the other sheep, and a background model that has learnt sheep finds no sheep.
+# PAPER SILENT: the colour space; CIELAB, where equal distances look about equally different.
 # PAPER SILENT: the resolution GrabCut works at; box and margin are brought to 160 x 160 pixels' area. GrabCut weighs a
 # sum over the area (colour) against one over the boundary (smoothness): the smaller a picture, the more the boundary
 # counts, until losing the object altogether is cheapest. One size for all boxes gives small ones an equal chance, and
@@ -179,32 +183,50 @@ def box_mask(boxes, classes, size):
 WHOLE, NOTHING, LITTLE = "box covers the image", "GrabCut found nothing", "GrabCut found too little"  # why a box stays
 
 
-def grabcut(image, box, iterations=5, margin=0.1, working_size=160, min_fill=0.15):
+def cielab(image):
+    """(h, w, 3) uint8 RGB -> uint8 L, a, b. OpenCV's 8-bit L is stretched by 2.55, a and b are not: doubled here."""
+    lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB).astype(np.int16)
+    lab[..., 1:] = 2 * lab[..., 1:] - 128
+    return lab.clip(0, 255).astype(np.uint8)
+
+
+def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=160, min_fill=0.15):
     """GrabCut on one box -> (H, W) bool mask, and None, or why the mask is the whole box.
 
-    image: (H, W, 3) uint8; box: x0, y0, x1, y1 inside it, half-open. Nothing outside the box is ever foreground. The
-    same picture and box give the same mask in any order and on any thread: the seed of GMM's k-means is set each time.
+    image: (H, W, 3) uint8 RGB; box: x0, y0, x1, y1 inside it, half-open; same_class: (H, W) bool, what lies in boxes of
+    its class (default: in this one). The mask never leaves the box. It depends on nothing else, such as the order of
+    calls or the thread: the seed of the mixtures' k-means is set for each box.
     """
     x0, y0, x1, y1 = (int(corner) for corner in box)
     mask = np.zeros(image.shape[:2], bool)
     mask[y0:y1, x0:x1] = True
 
-    # Box and margin, at working size. A margin of less than half a pixel there is none: the object leaves the image.
+    # Box and margin, at working size. A margin that rounds to no working pixel is none: the object is cut off there.
     dx, dy = max(2, round(margin * (x1 - x0))), max(2, round(margin * (y1 - y0)))
-    window = np.s_[max(0, y0 - dy):y1 + dy, max(0, x0 - dx):x1 + dx]
-    crop, inside = image[window], mask[window]                                                    # (h, w, 3), (h, w)
+    left, top = max(0, x0 - dx), max(0, y0 - dy)
+    window = np.s_[top:y1 + dy, left:x1 + dx]
+    crop, inside = cielab(image[window]), mask[window]                                            # (h, w, 3), (h, w)
     h, w = inside.shape
     scale = working_size / (h * w) ** 0.5
-    small_size = max(1, round(w * scale)), max(1, round(h * scale))  # OpenCV's order: width, height
-    small = cv2.resize(crop, small_size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
-    left, top = x0 - window[1].start, y0 - window[0].start
-    a0, a1 = (round(x * small_size[0] / w) for x in (left, left + x1 - x0))
-    b0, b1 = (round(y * small_size[1] / h) for y in (top, top + y1 - y0))
-    state = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)          # 0, 1 surely, 2, 3 perhaps; even background, odd fg
-    state[b0:max(b1, b0 + 1), a0:max(a1, a0 + 1)] = cv2.GC_PR_FGD
-    area = np.count_nonzero(state)
-    if area == state.size:
+    size = max(1, round(w * scale)), max(1, round(h * scale))  # OpenCV's order: width, height
+    small = cv2.resize(crop, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    a0, a1 = round((x0 - left) * size[0] / w), round((x1 - left) * size[0] / w)
+    b0, b1 = round((y0 - top) * size[1] / h), round((y1 - top) * size[1] / h)
+    own = np.s_[b0:max(b1, b0 + 1), a0:max(a1, a0 + 1)]
+
+    # The start: perhaps foreground in the box, surely background outside, perhaps foreground in boxes of the same class
+    # (unless they leave less than a tenth of the margin).
+    state = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)           # 0, 1 surely, 2, 3 perhaps; odd is the foreground
+    state[own] = cv2.GC_PR_FGD
+    ring = np.count_nonzero(state == cv2.GC_BGD)
+    if ring == 0:
         return mask, WHOLE
+    perhaps = inside                                                                              # (h, w) bool
+    if same_class is not None:
+        shared = cv2.resize(same_class[window].astype(np.float32), size, interpolation=cv2.INTER_AREA) > 0.5
+        if np.count_nonzero(~shared & (state == cv2.GC_BGD)) >= 0.1 * ring:
+            state[shared] = cv2.GC_PR_FGD
+            perhaps = inside | same_class[window]
 
     # Each iteration: assign pixels to Gaussians and refit them, five for each side, then cut (GrabCut's steps 1 to 3).
     background, foreground = np.zeros((1, 65)), np.zeros((1, 65))  # the two mixtures, written in place
@@ -214,27 +236,27 @@ def grabcut(image, box, iterations=5, margin=0.1, working_size=160, min_fill=0.1
         before = state.copy()
         mode = cv2.GC_EVAL if iteration else cv2.GC_INIT_WITH_MASK
         cv2.grabCut(small, state, None, background, foreground, 1, mode)
-        found = np.count_nonzero(state & 1)
-        if found < min_fill * area:
+        filled = (state[own] & 1).mean()
+        if filled < min_fill:
             break
         kept = state & 1, background.copy(), foreground.copy()
         if np.array_equal(state, before):  # nothing moved, nothing will
             break
     if kept is None:
-        return mask, LITTLE if found else NOTHING
+        return mask, LITTLE if filled else NOTHING
 
     # Back at full size: colours stay as learnt, and only pixels within two working pixels of the boundary may change.
     found, background, foreground = kept
     resize = cv2.INTER_LINEAR if scale < 1 else cv2.INTER_AREA
-    found = (cv2.resize(found.astype(np.float32), (w, h), interpolation=resize) > 0.5) & inside   # (h, w) bool
+    found = (cv2.resize(found.astype(np.float32), (w, h), interpolation=resize) > 0.5) & perhaps  # (h, w) bool
     if scale < 1:
-        reach = 2 * int(np.ceil(2 / scale)) + 1
-        within = np.ones((reach, reach), np.uint8)
+        near = np.ones((2 * int(np.ceil(2 / scale)) + 1,) * 2, np.uint8)
         state = np.where(found, np.uint8(cv2.GC_PR_FGD), np.uint8(cv2.GC_PR_BGD))
-        state[cv2.erode(found.astype(np.uint8), within) == 1] = cv2.GC_FGD
-        state[(cv2.dilate(found.astype(np.uint8), within) == 0) | ~inside] = cv2.GC_BGD
+        state[cv2.erode(found.astype(np.uint8), near) == 1] = cv2.GC_FGD
+        state[(cv2.dilate(found.astype(np.uint8), near) == 0) | ~perhaps] = cv2.GC_BGD
         cv2.grabCut(crop, state, None, background, foreground, 1, cv2.GC_EVAL_FREEZE_MODEL)
         found = (state & 1) == 1
+    found &= inside
     if np.count_nonzero(found) < min_fill * (x1 - x0) * (y1 - y0):
         return mask, LITTLE
     mask[window] = found
@@ -249,8 +271,11 @@ def grabcut_mask(image, boxes, classes, **options):
     """
     mask = np.zeros(image.shape[:2], np.uint8)
     fallbacks = [None] * len(boxes)
+    classes = np.asarray(classes)
     for k in larger_first(boxes):
-        found, fallbacks[k] = grabcut(image, boxes[k], **options)
+        same = classes == classes[k]
+        same_class = box_mask(boxes[same], np.ones(same.sum()), mask.shape) == 1 if same.sum() > 1 else None
+        found, fallbacks[k] = grabcut(image, boxes[k], same_class, **options)
         mask[found] = classes[k]
     return mask, fallbacks
 

@@ -65,9 +65,9 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
 # PAPER SILENT: a setting for networks that start from scratch; "small" is ours, with lambda_alpha = 5 lambda_AW,
 # without which attention dies in the first steps (README.md, "Learning rate and weights").
 RECIPES = {
-    "paper": dict(backbone="resnet101", pretrained=True, crop=321, epochs=40, pretrain_epochs=5, lr=1e-4,
+    "paper": dict(backbone="resnet101", pretrained=True, crop=321, batch_size=16, epochs=40, pretrain_epochs=5, lr=1e-4,
                   lambda_aw=10.0, lambda_alpha=1.0, lambda_a=1.0, clip_norm=0.0),
-    "small": dict(backbone="resnet18", pretrained=False, crop=128, epochs=12, pretrain_epochs=2, lr=0.02,
+    "small": dict(backbone="resnet18", pretrained=False, crop=128, batch_size=8, epochs=8, pretrain_epochs=2, lr=0.02,
                   lambda_aw=1.0, lambda_alpha=5.0, lambda_a=1.0, clip_norm=10.0),
 }
 
@@ -172,7 +172,7 @@ def download(source, data):
         else:
             torchvision.datasets.utils.download_and_extract_archive(source, root, filename=Path(source).name)
     except (OSError, RuntimeError, ValueError) as error:
-        raise BadInput(f"--download failed ({error}): fetch VOCtrainval_11-May-2012.tar elsewhere and give its address or "
+        raise BadInput(f"--download failed ({error}): get VOCtrainval_11-May-2012.tar elsewhere and give its address or "
                        f"file to --download, or unpack it in {root}") from None
 
 
@@ -293,7 +293,7 @@ def parse_arguments(argv):
     add = group.add_argument
     add("--epochs", type=int, help="of stage 2 (paper: 40; default %(default)s)")
     add("--pretrain-epochs", type=int, help="of stage 1, embedding alone; 0 for none (ours: 5; default %(default)s)")
-    add("--batch-size", type=int, default=16, help="over all processes (ours: %(default)s)")
+    add("--batch-size", type=int, help="over all processes (ours: 16; default %(default)s)")
     add("--lr", type=float, help="initial learning rate (paper: 1e-4; default %(default)s)")
     add("--momentum", type=float, default=0.9, help="(paper: %(default)s)")
     add("--weight-decay", type=float, default=5e-4, help="(paper: %(default)s)")
