@@ -113,13 +113,22 @@ class Crops(torch.utils.data.Dataset):
     A view depends on (seed, epoch, index) alone, not on which worker draws it or what was drawn before: that is what
     makes a run repeatable with any number of workers, and resumable in the middle of an epoch.
     """
-    def __init__(self, files, num_classes, crop, scale_range, colour, seed):
-        self.files, self.num_classes, self.view, self.seed = files, num_classes, (crop, scale_range, colour), seed
+    def __init__(self, voc, labels_dir, kinds, ids, num_classes, crop, scale_range, colour, seed):
+        self.voc, self.labels_dir, self.kinds, self.ids = voc, labels_dir, kinds, ids
+        self.num_classes, self.view, self.seed = num_classes, (crop, scale_range, colour), seed
+
+    def files(self, index):
+        """-> [picture, label map, ...] in the order of kinds, of which the last is for the cross-entropy."""
+        image_id = self.ids[index]
+        where = {"boxes": self.labels_dir / "BoxMasks" / f"{image_id}.png",
+                 "grabcut": self.labels_dir / "GrabCutMasks" / f"{image_id}.png",
+                 "masks": truth_file(self.voc, image_id)}
+        return [self.voc / "JPEGImages" / f"{image_id}.jpg", *(where[kind] for kind in self.kinds)]
 
     def __getitem__(self, key):
         epoch, index = key
-        image_file, *label_files = self.files(index)
-        image = read_image(image_file)
+        picture, *label_files = self.files(index)
+        image = read_image(picture)
         maps = [read_label(path, image.shape[:2], self.num_classes) for path in label_files]
         rng = np.random.default_rng((self.seed, epoch, index))
         image, maps = random_crop(image, maps, rng, *self.view)
@@ -172,8 +181,8 @@ def download(source, data):
         else:
             torchvision.datasets.utils.download_and_extract_archive(source, root, filename=Path(source).name)
     except (OSError, RuntimeError, ValueError) as error:
-        raise BadInput(f"--download failed ({error}): get VOCtrainval_11-May-2012.tar elsewhere and give its address or "
-                       f"file to --download, or unpack it in {root}") from None
+        raise BadInput(f"--download failed ({error}): get VOCtrainval_11-May-2012.tar elsewhere and give its address "
+                       f"or file to --download, or unpack it in {root}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -337,8 +346,12 @@ def parse_arguments(argv):
     return arguments, {name: value for name, value in vars(everything).items() if value is not unset}
 
 
-def check(args, given):
+def check(args):
     """What can be seen to be wrong before any work is done."""
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise BadInput(f"--device {args.device}: wanted cpu, cuda or cuda:1") from None
     for ok, message in [
         (args.crop >= 32, f"--crop {args.crop}: wanted 32 or more"),
         (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: wanted 0 < MIN <= MAX"),
@@ -347,9 +360,11 @@ def check(args, given):
         (args.masks == 1 or ROWS[args.loss][0] == "masks", "--masks goes with --loss mask or mask-aw"),
         (0 <= args.colour < 1, f"--colour {args.colour}: wanted 0 <= colour < 1"),
         (min(args.log_every, args.save_every, args.val_every) >= 1, "--log-, --save-, --val-every: wanted 1 or more"),
-        (not args.device.startswith("cuda") or torch.cuda.is_available(),
-         f"--device {args.device}: this PyTorch sees no CUDA GPU: give --device cpu, or install a CUDA build of torch"),
+        (device.type != "cuda" or (device.index or 0) < torch.cuda.device_count(),
+         f"--device {device}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs: give --device cpu, or install a "
+         "CUDA build of torch"),
         (args.val_scale > 0, f"--val-scale {args.val_scale}: wanted more than 0"),
+        (not args.sync_bn or device.type == "cuda", "--sync-bn: PyTorch has it on CUDA only; leave it out"),
     ]:
         if not ok:
             raise BadInput(message)
@@ -373,7 +388,7 @@ def main(argv):
                 raise BadInput(f"--{name.replace('_', '-')} {value}: the run in {out} has {saved['args'][name]}; "
                                "leave it out to resume, or start another --out")
         args = argparse.Namespace(**(saved["args"] | {name: value for name, value in given.items() if name in free}))
-    check(args, given)
+    check(args)
 
     # ---- processes and devices: the same script alone or under torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -421,26 +436,20 @@ def main(argv):
                            f"take them off {list_file}")
     if world > 1:
         dist.barrier()
-    labels_dir = Path(args.labels or voc)
-    label_files = {"boxes": lambda i: labels_dir / "BoxMasks" / f"{i}.png",
-                   "grabcut": lambda i: labels_dir / "GrabCutMasks" / f"{i}.png", "masks": lambda i: truth_file(voc, i)}
-    wanted = (["boxes"] if need_boxes and target != "boxes" else []) + [target]
-
-    def files(index):  # of image number `index`: picture, then label maps, the cross-entropy's last
-        return [voc / "JPEGImages" / f"{ids[index]}.jpg", *(label_files[kind](ids[index]) for kind in wanted)]
-
-    for path in (path for index in range(len(ids)) for path in files(index)):
+    kinds = (["boxes"] if need_boxes and target != "boxes" else []) + [target]
+    crops = Crops(voc, Path(args.labels or voc), kinds, ids, len(names), args.crop, tuple(args.scale), args.colour,
+                  args.seed)
+    for path in (path for index in range(len(ids)) for path in crops.files(index)):
         if not path.exists():
             raise BadInput(f"no {path}, which {list_file} names: add it or take its id off the list")
-    val_ids = []
-    if args.val_split != "none" and (voc / "ImageSets" / "Segmentation" / f"{args.val_split}.txt").exists():
-        val_ids = read_list(voc / "ImageSets" / "Segmentation" / f"{args.val_split}.txt")
+    val_ids, val_file = [], voc / "ImageSets" / "Segmentation" / f"{args.val_split}.txt"
+    if args.val_split != "none" and (args.val_split != "val" or val_file.exists()):
+        val_ids = read_list(val_file)
         for path in (truth_file(voc, image_id) for image_id in val_ids):
             if not path.exists():
                 raise BadInput(f"no true mask {path} to validate on: add it, or give --val-split none")
     else:
         say("no validation: no list of images with true masks")
-    crops = Crops(files, len(names), args.crop, tuple(args.scale), args.colour, args.seed)
 
     # ---- network
     torch.manual_seed(args.seed)
@@ -457,7 +466,8 @@ def main(argv):
     if args.sync_bn:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
     if args.amp == "auto":  # bf16 where the hardware multiplies it: it needs no loss scaling and halves the memory
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+                  torch.cpu._is_avx512_bf16_supported())
         args.amp = "bf16" if native else "off"
     half = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
@@ -518,7 +528,7 @@ def main(argv):
         plan = batches(len(ids), args.batch_size, args.seed + stage, begin, total, rank, world)
         loader = iter(torch.utils.data.DataLoader(
             crops, batch_sampler=plan, num_workers=args.workers, worker_init_fn=quiet_worker,
-            pin_memory=device.type == "cuda", multiprocessing_context="fork" if args.workers else None))
+            pin_memory=device.type == "cuda"))
         bar = tqdm(total=per_epoch, disable=None if rank == 0 else True, leave=False, unit="step", dynamic_ncols=True)
         sums, count, waited, started = {}, 0, 0.0, time.time()
         pending = None  # the loss of the step before: read one step late, when the GPU is done with it anyway

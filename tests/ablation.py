@@ -4,9 +4,9 @@
     python tests/ablation.py --data toy/VOCdevkit --rows grabcut box2seg --seeds 0 1 2 3 4
     python tests/ablation.py --data toy/VOCdevkit -- --epochs 30 --lr 0.01            # flags after -- go to every run
 
-Each row is the command `train_box2seg.py --loss ROW --seed SEED`, whose folder is OUT/ROW-SEED. The score is that of the
-last epoch, not of the best one: choosing the best epoch on the pictures that are reported would flatter every row. A
-second call runs only what is missing, and goes on with what was interrupted.
+Each row is the command `train_box2seg.py --loss ROW --seed SEED`, whose folder is OUT/ROW-SEED. The score is that of
+the last epoch, not of the best one: choosing the best epoch on the pictures that are reported would flatter every row.
+A second call runs only what is missing, and goes on with what was interrupted.
 """
 import argparse
 import json
@@ -47,11 +47,11 @@ def main():
             if (folder / "last.pt").exists():
                 command += ["--resume"]
             else:
-                command += ["--data", args.data, "--recipe", args.recipe, "--loss", row, "--seed", str(seed), *args.rest]
+                command += ["--data", args.data, "--recipe", args.recipe, "--loss", row, "--seed", seed, *args.rest]
             done = folder / "done.json"
             if not done.exists():
                 print("$", *map(str, command), flush=True)
-                if subprocess.run(command).returncode:
+                if subprocess.run(list(map(str, command))).returncode:
                     sys.exit(f"{row}, seed {seed} failed or was interrupted; the same command goes on")
                 epochs = json.loads((folder / "log.jsonl").read_text().split("\n")[0])["args"]["epochs"]
                 done.write_text(json.dumps({"miou": final_miou(folder, epochs)}))
