@@ -11,8 +11,8 @@ Reads    VOC2012/{JPEGImages,Annotations,ImageSets/Segmentation}, and Segmentati
 Writes   VOC2012/{BoxMasks,GrabCutMasks} where missing (stage 0), and in --out:
          last.pt, best.pt   checkpoints (best: by mIoU on --val-split), as evaluate.py reads them
          log.jsonl          first line the arguments, git revision, versions, device, seed; then a record every
-                            --log-every steps: loss terms by their name in the paper, learning rate, images per second;
-                            and a record for each validation
+                            --log-every steps: loss terms by their name in the paper (of the first process's share of
+                            the batch), learning rate, images per second; and a record for each validation
 
 The paper's pipeline (Fig. 3, Sect. 4.1), top to bottom in main():
     stage 0   boxes -> label maps B, GrabCut -> label maps M                  grabcut_labels.py
@@ -126,6 +126,8 @@ class Crops(torch.utils.data.Dataset):
         return [self.voc / "JPEGImages" / f"{image_id}.jpg", *(where[kind] for kind in self.kinds)]
 
     def __getitem__(self, key):
+        # A picture that cannot be read stops training, where grabcut_labels.py would go on: a run in which it is
+        # left out is another run. Nothing is lost, --resume goes on once it is mended.
         epoch, index = key
         picture, *label_files = self.files(index)
         image = read_image(picture)
@@ -172,17 +174,18 @@ def truth_file(voc, image_id):
 def download(source, data):
     """--download: VOC 2012 through torchvision; or from another address (the official one is often down), or a file."""
     root = Path(data).parent if Path(data).name == "VOCdevkit" else Path(data)  # the archive holds VOCdevkit/VOC2012
-    root.mkdir(parents=True, exist_ok=True)
     try:
+        root.mkdir(parents=True, exist_ok=True)
         if source == "official":
             torchvision.datasets.VOCSegmentation(root, year="2012", image_set="train", download=True)
         elif Path(source).is_file():
             torchvision.datasets.utils.extract_archive(source, root)
         else:
             torchvision.datasets.utils.download_and_extract_archive(source, root, filename=Path(source).name)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise BadInput(f"--download failed ({error}): get VOCtrainval_11-May-2012.tar elsewhere and give its address "
-                       f"or file to --download, or unpack it in {root}") from None
+    except Exception as error:  # servers and archives break in many ways
+        why = " ".join(str(error).split())
+        raise BadInput(f"--download failed ({why}): get VOCtrainval_11-May-2012.tar elsewhere and give its address or "
+                       f"file to --download, or unpack it in {root}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def save(path, state):
 def load(path):
     """A checkpoint of this script -> its dict, tensors on the CPU."""
     state = read_torch_file(path, "start without it")
-    if not isinstance(state, dict) or not {"model", "arch", "class_names", "args"} <= state.keys():
+    if not isinstance(state, dict) or not {"model", "arch", "class_names", "args", "optimizer"} <= state.keys():
         raise BadInput(f"{path}: not a checkpoint of this script; start without it")
     return state
 
@@ -236,7 +239,8 @@ def trim_log(path, stage, step):
             continue
         if (record.get("stage", 0), record.get("step", 0)) <= (stage, step):
             kept.append(line + "\n")
-    path.write_text("".join(kept))
+    Path(f"{path}.tmp").write_text("".join(kept))
+    os.replace(f"{path}.tmp", path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,6 +250,9 @@ def trim_log(path, stage, step):
 def validate(network, voc, ids, num_classes, scale, autocast, rank, world):
     """mIoU in 0..1 over the list, at the images' own resolution; each process takes its share of the images."""
     device = next(network.parameters()).device
+    if world > 1:  # batch norm's running statistics differ by process; rank 0's are those that get saved
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
     for image_id in ids[rank::world]:
         image = read_image(voc / "JPEGImages" / f"{image_id}.jpg")
@@ -306,7 +313,7 @@ def parse_arguments(argv):
     add("--lr", type=float, help="initial learning rate (paper: 1e-4; default %(default)s)")
     add("--momentum", type=float, default=0.9, help="(paper: %(default)s)")
     add("--weight-decay", type=float, default=5e-4, help="(paper: %(default)s)")
-    add("--power", type=float, default=0.9, help="lr = initial (1 - step / steps)^power (paper, after DeepLab: 0.9)")
+    add("--power", type=float, default=0.9, help="lr = initial (1 - step / steps)^power (paper: %(default)s)")
     add("--clip-norm", type=float, help="largest norm of the gradient, 0 for any (ours; default %(default)s)")
     add("--lambda-aw", type=float, help="weight of L_AW (paper: 10; default %(default)s)")
     add("--lambda-alpha", type=float, help="weight of L_alpha (paper: 1; default %(default)s)")
@@ -351,11 +358,18 @@ def check(args):
     try:
         device = torch.device(args.device)
     except RuntimeError:
-        raise BadInput(f"--device {args.device}: wanted cpu, cuda or cuda:1") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device {args.device}: wanted cpu, cuda or cuda:1")
     for ok, message in [
         (args.crop >= 32, f"--crop {args.crop}: wanted 32 or more"),
         (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: wanted 0 < MIN <= MAX"),
-        (args.epochs >= 1 and args.pretrain_epochs >= 0, "--epochs: wanted at least 1"),
+        (args.epochs >= 1, f"--epochs {args.epochs}: wanted at least 1"),
+        (min(args.pretrain_epochs, args.workers, args.seed, args.clip_norm) >= 0 and
+         min(args.lambda_aw, args.lambda_alpha, args.lambda_a) >= 0,
+         "--pretrain-epochs, --workers, --seed, --clip-norm, --lambda-*: wanted 0 or more"),
+        (0 < args.pair_fraction <= 1, f"--pair-fraction {args.pair_fraction}: wanted above 0 and at most 1"),
+        (args.embedding_dim >= 1 and (args.width or 1) >= 1, "--embedding-dim, --width: wanted 1 or more"),
         (0 < args.masks <= 1, f"--masks {args.masks}: wanted a fraction of the images, above 0 and at most 1"),
         (args.masks == 1 or ROWS[args.loss][0] == "masks", "--masks goes with --loss mask or mask-aw"),
         (0 <= args.colour < 1, f"--colour {args.colour}: wanted 0 <= colour < 1"),
@@ -389,14 +403,19 @@ def main(argv):
                                "leave it out to resume, or start another --out")
         args = argparse.Namespace(**(saved["args"] | {name: value for name, value in given.items() if name in free}))
     check(args)
+    if (out / "last.pt").exists() and not (args.resume or args.overwrite):
+        raise BadInput(f"{out} has a last.pt: --resume goes on from it, --overwrite starts anew, --out names another")
 
     # ---- processes and devices: the same script alone or under torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise BadInput(f"more processes than GPUs: give torchrun --nproc-per-node {torch.cuda.device_count()}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     if args.batch_size % world or args.batch_size // world < 2:
         raise BadInput(f"--batch-size {args.batch_size}: wanted at least 2 for each of {world} processes, evenly")
@@ -407,7 +426,7 @@ def main(argv):
     torch.backends.cudnn.benchmark = not args.deterministic  # all crops are of one size
 
     # ---- data
-    if args.download and rank == 0:
+    if args.download and not saved and rank == 0:
         download(args.download, args.data)
     if world > 1:
         dist.barrier()
@@ -419,11 +438,17 @@ def main(argv):
     names = class_names(voc)
     ids, list_file = training_list(voc, args.split)
     target, target_name, with_aw, regularizer, with_a = ROWS[args.loss]
-    if args.masks < 1:  # the same images whatever the seed of the run
+    with_aw, with_a = with_aw and args.lambda_aw > 0, with_a and args.lambda_a > 0  # no branch that nothing trains
+    # PAPER SILENT: which images have masks in Table 5, and the schedule of its fine-tuning; a random choice, the same
+    # whatever the seed of the run, and the schedule of stage 2.
+    if args.masks < 1:
         keep = np.random.default_rng(0).permutation(len(ids))[:max(1, round(args.masks * len(ids)))]
         ids = [ids[i] for i in sorted(keep)]
     say(f"{len(ids)} training images from {list_file}, {len(names) - 1} classes"
         + (" (the paper's list has 10582 images)" if list_file.name == "trainaug.txt" else ""))
+    if saved and (saved["class_names"], saved["images"]) != (names, len(ids)):
+        raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
+                       "classes; give the --data that it had")
     if len(ids) < args.batch_size:
         raise BadInput(f"{list_file}: {len(ids)} images are less than one batch: give --batch-size {len(ids)} or less")
 
@@ -445,9 +470,9 @@ def main(argv):
     val_ids, val_file = [], voc / "ImageSets" / "Segmentation" / f"{args.val_split}.txt"
     if args.val_split != "none" and (args.val_split != "val" or val_file.exists()):
         val_ids = read_list(val_file)
-        for path in (truth_file(voc, image_id) for image_id in val_ids):
+        for path in (p for i in val_ids for p in (voc / "JPEGImages" / f"{i}.jpg", truth_file(voc, i))):
             if not path.exists():
-                raise BadInput(f"no true mask {path} to validate on: add it, or give --val-split none")
+                raise BadInput(f"no {path} to validate on: add it, or give --val-split none")
     else:
         say("no validation: no list of images with true masks")
 
@@ -472,19 +497,22 @@ def main(argv):
     half = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+    if saved:
+        scaler.load_state_dict(saved["scaler"])
     rates = None
     if args.loss == "filling-rate":
         rates = grabcut_labels.class_fill_rates(voc, ids, out=args.labels).to(device)
 
     # ---- where we are
-    stages = [("stage 1", args.pretrain_epochs if with_a else 0), ("stage 2", args.epochs)]
+    epochs_of = {1: args.pretrain_epochs if with_a else 0, 2: args.epochs}
     per_epoch = len(ids) // args.batch_size
-    first_stage, first_step = (saved["stage"], saved["step"]) if saved else (0, 0)
+    first_stage, first_step = (saved["stage"], saved["step"]) if saved else (1, 0)
     best = saved["best"] if saved else 0.0
     if rank == 0:
-        if (out / "last.pt").exists() and not (args.resume or args.overwrite):
-            raise BadInput(f"{out} has a last.pt: --resume goes on from it, --overwrite starts anew")
         out.mkdir(parents=True, exist_ok=True)
+        if not saved:  # --overwrite: an old checkpoint must not pass for one of this run
+            for name in ("last.pt", "best.pt"):
+                (out / name).unlink(missing_ok=True)
         trim_log(out / "log.jsonl", *((first_stage, first_step) if saved else (-1, 0)))
         write_log(out / "log.jsonl", {
             "args": vars(args), "git": git_revision(), "seed": args.seed, "images": len(ids), "classes": names,
@@ -494,10 +522,14 @@ def main(argv):
             "threads": torch.get_num_threads(), "world": world, "stage": first_stage, "step": first_step})
 
     def checkpoint(name, stage, step):
+        if not all(p.isfinite().all() for p in network.parameters()):  # a finite loss can have a gradient that is not
+            raise BadInput(f"the weights are not finite after step {step} of stage {stage}: stopped; try a lower --lr")
         if rank == 0:
             save(out / name, {"model": network.state_dict(), "arch": network.arch, "class_names": names,
-                              "args": vars(args), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                              "stage": stage, "step": step, "best": best, "rng": torch.get_rng_state()})
+                              "args": vars(args), "images": len(ids), "optimizer": optimizer.state_dict(),
+                              "scaler": scaler.state_dict(), "stage": stage, "step": step, "best": best,
+                              "rng": torch.get_rng_state(),
+                              "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
 
     # A first Ctrl-C (or a polite kill) lets the step finish, saves and leaves; a second one leaves at once. Several
     # processes would not stop at the same step, so there the last regular checkpoint is what remains.
@@ -509,8 +541,8 @@ def main(argv):
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, interrupt)
 
-    for stage in range(first_stage, len(stages)):
-        title, epochs = stages[stage]
+    for stage in range(first_stage, 3):
+        title, epochs = f"stage {stage}", epochs_of[stage]
         begin, total = first_step if stage == first_stage else 0, epochs * per_epoch
         if begin >= total:
             continue
@@ -518,27 +550,31 @@ def main(argv):
                                     weight_decay=args.weight_decay)
         if saved and stage == first_stage:
             optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved["scaler"])
             torch.set_rng_state(saved["rng"])  # nothing here draws from it any more; a dropout that you add would
+            if saved["cuda_rng"] is not None and device.type == "cuda":
+                torch.cuda.set_rng_state(saved["cuda_rng"], device)
         model = torch.compile(network) if args.compile else network
         if world > 1:  # stage 1 leaves the y and alpha decoders alone
             model = torch.nn.parallel.DistributedDataParallel(
-                model, [device] if device.type == "cuda" else None, find_unused_parameters=title == "stage 1")
+                model, [device] if device.type == "cuda" else None, find_unused_parameters=stage == 1)
         generator = torch.Generator(device)
         plan = batches(len(ids), args.batch_size, args.seed + stage, begin, total, rank, world)
         loader = iter(torch.utils.data.DataLoader(
             crops, batch_sampler=plan, num_workers=args.workers, worker_init_fn=quiet_worker,
-            pin_memory=device.type == "cuda"))
-        bar = tqdm(total=per_epoch, disable=None if rank == 0 else True, leave=False, unit="step", dynamic_ncols=True)
+            pin_memory=device.type == "cuda", generator=torch.Generator()))
+        bar = tqdm(total=per_epoch, disable=None if rank == 0 else True, leave=False, unit="step", dynamic_ncols=True,
+                   initial=begin % per_epoch)
         sums, count, waited, started = {}, 0, 0.0, time.time()
-        pending = None  # the loss of the step before: read one step late, when the GPU is done with it anyway
+        pending = None  # losses of the step before, on their way to the CPU: to read them at once would stall the GPU
 
         def settle():
             """Look at the step before: stop if a term is not finite, log, show."""
             nonlocal pending, count
             if pending is None:
                 return
-            (step, lr, names_of_terms, values), pending = pending, None
+            (step, lr, names_of_terms, values, copied), pending = pending, None
+            if copied:
+                copied.synchronize()
             terms = dict(zip(names_of_terms, values.tolist()))
             for name, value in terms.items():
                 if not math.isfinite(value):
@@ -568,11 +604,11 @@ def main(argv):
             with autocast:
                 logits, attention, beta = model(normalize(image))
             B, labels = (F.interpolate(t[:, None], logits.shape[2:], mode="nearest-exact")[:, 0] for t in (B, labels))
-            generator.manual_seed(((args.seed * 2 + stage) << 40) + step * world + rank)
+            generator.manual_seed(int(np.random.SeedSequence((args.seed, stage, step, rank)).generate_state(1)[0]))
             drawn = losses.pair_samples(labels, len(names), args.pair_fraction) if with_a else None
 
             # ---- losses, in float32
-            if title == "stage 1":  # "minimizing Eqn. 10 using M_i in place of y_i" (Sect. 4.1)
+            if stage == 1:  # "minimizing Eqn. 10 using M_i in place of y_i" (Sect. 4.1)
                 M = (labels[:, None] == torch.arange(len(names), device=device).view(1, -1, 1, 1)).float()
                 loss = losses.affinity_loss(beta, M, labels, drawn, generator)
                 terms = {"L_A": loss.detach()}
@@ -597,7 +633,9 @@ def main(argv):
             scaler.step(optimizer)
             scaler.update()
             done = step + 1  # steps of this stage behind us; the log counts so too
-            pending = done, lr, list(terms) + ["L"], torch.stack([*terms.values(), loss.detach()]).float()
+            values = torch.stack([*terms.values(), loss.detach()]).float().to("cpu", non_blocking=True)
+            copied = torch.cuda.current_stream().record_event() if device.type == "cuda" else None
+            pending = done, lr, list(terms) + ["L"], values, copied
 
             # ---- the end of an epoch: one line, validation, checkpoints
             if done % per_epoch == 0:
@@ -606,7 +644,7 @@ def main(argv):
                 line = f"{title}  epoch {epoch:{len(str(epochs))}d}/{epochs}" + "".join(
                     f"  {name} {total_ / count:.4f}" for name, total_ in sums.items())
                 line += f"  lr {lr:.1e}  {count * args.batch_size / elapsed:5.1f} img/s  wait {waited / elapsed:3.0%}"
-                if title == "stage 2" and val_ids and (epoch % args.val_every == 0 or done == total):
+                if stage == 2 and val_ids and (epoch % args.val_every == 0 or done == total):
                     miou = validate(network, voc, val_ids, len(names), args.val_scale, autocast, rank, world)
                     better, best = miou > best, max(best, miou)
                     line += f"  mIoU {100 * miou:5.2f}  best {100 * best:5.2f}"
@@ -629,7 +667,7 @@ def main(argv):
         bar.close()
     if world > 1:
         dist.destroy_process_group()
-    say(f"done: {out / 'last.pt'}" + (f"; best {100 * best:.2f} mIoU: {out / 'best.pt'}" if val_ids else ""))
+    say(f"done: {out / 'last.pt'}" + (f"; best {100 * best:.2f} mIoU: {out / 'best.pt'}" if best else ""))
     return 0
 
 
@@ -637,7 +675,13 @@ if __name__ == "__main__":
     try:
         status = main(sys.argv[1:])
     except (BadInput, ValueError) as error:
-        message = str(error).strip().splitlines()[-1]  # a data worker wraps it in a traceback, whose last line it is
+        message = str(error).strip().split("\n")[-1]  # a data worker wraps it in a traceback, whose last line it is
         print("train_box2seg.py:", message.removeprefix("grabcut_labels.BadInput: "), file=sys.stderr)
         status = 2
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"train_box2seg.py: {error}: choose another --out or --labels", file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:  # in stage 0, or the second one, or with several processes
+        print("train_box2seg.py: interrupted", file=sys.stderr)
+        status = 130
     sys.exit(status)

@@ -24,7 +24,7 @@ def final_miou(folder, epochs):
     """mIoU of the last epoch of a finished run, None for one that is not finished."""
     log = folder / "log.jsonl"
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    scores = [r["miou"] for r in records if "miou" in r and r["stage"] == 1 and r["epoch"] == epochs]
+    scores = [r["miou"] for r in records if "miou" in r and r["stage"] == 2 and r["epoch"] == epochs]
     return scores[-1] if scores else None
 
 
