@@ -1,0 +1,569 @@
+"""grabcut_labels.py: boxes by hand, masks of drawn pictures, interrupted runs, bad input by command line."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import grabcut_labels
+from grabcut_labels import (LITTLE, NOTHING, WHOLE, BadInput, box_mask, class_fill_rates, fill_rates, find_voc, grabcut,
+                            grabcut_mask, make_labels, read_boxes, read_label, read_list)
+from toy_voc import CLASS_NAMES, make_toy_voc
+
+SCRIPT = Path(grabcut_labels.__file__)
+NAMES = ["background", "cat", "dog"]
+
+
+def command_line(*arguments):
+    """python grabcut_labels.py ... -> (exit status, stdout, stderr)"""
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A drawn devkit of 10 + 4 pictures, and the labels of all of them made by one thread, beside it."""
+    devkit = tmp_path_factory.mktemp("drawn") / "VOCdevkit"
+    make_toy_voc(devkit, images=10, val=4, size=(60, 80))
+    voc = find_voc(devkit)
+    make_labels(voc, all_ids(voc), out=devkit.parent / "labels", workers=1)
+    return devkit, devkit.parent / "labels"
+
+
+@pytest.fixture
+def devkit(drawn, tmp_path):
+    """A copy without labels, to be spoilt."""
+    return Path(shutil.copytree(drawn[0], tmp_path / "VOCdevkit"))
+
+
+def all_ids(voc):
+    return read_list(voc / "ImageSets" / "Segmentation" / "trainval.txt")
+
+
+def label_bytes(folder):
+    return {f"{kind}/{path.name}": path.read_bytes() for kind in ("BoxMasks", "GrabCutMasks")
+            for path in sorted((folder / kind).glob("*.png"))}
+
+
+def disc(size=(80, 100), centre=(48, 40), radius=18, seed=0):
+    """A grey disc on green, both noisy -> picture (H, W, 3), truth (H, W) bool, tight box."""
+    ys, xs = np.mgrid[:size[0], :size[1]]
+    truth = (xs - centre[0]) ** 2 + (ys - centre[1]) ** 2 <= radius ** 2
+    picture = np.where(truth[..., None], (160, 150, 150), (60, 120, 50))
+    picture = picture + np.random.default_rng(seed).normal(0, 12, picture.shape)
+    rows, columns = np.flatnonzero(truth.any(1)), np.flatnonzero(truth.any(0))
+    return picture.clip(0, 255).astype(np.uint8), truth, (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+
+
+# ---------------------------------------------------------------- boxes
+def annotation(tmp_path, text):
+    path = tmp_path / "a.xml"
+    path.write_text(text)
+    return path
+
+
+def thing(name, xmin, ymin, xmax, ymax, more=""):
+    box = f"<xmin>{xmin}</xmin><ymin>{ymin}</ymin><xmax>{xmax}</xmax><ymax>{ymax}</ymax>"
+    return f"<object>{more}<name>{name}</name><bndbox>{box}</bndbox></object>"
+
+
+def test_boxes_by_hand(tmp_path):
+    """VOC's pixel 1 is our 0, and VOC's last pixel is inside: xmin 3, xmax 5 are the three pixels 2, 3, 4 = [2, 5)."""
+    part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+    path = annotation(tmp_path, "<annotation><filename>../../elsewhere.jpg</filename>"
+                      + thing("dog", 3, 1, 5, 6)
+                      + thing("cat", 45.7, 2.2, 60.4, 9.5, "<difficult>1</difficult>")   # floats are rounded
+                      + thing("cat", 10, 10, 20, 20, part)                               # the head is no object
+                      + thing("dog", -5, 0, 300, 4)                                      # clipped
+                      + thing(" dog ", 7, 7, 7, 7) + "</annotation>")                    # one pixel
+    boxes, classes = read_boxes(path, NAMES, (50, 100))
+    assert boxes.tolist() == [[2, 0, 5, 6], [45, 1, 60, 10], [9, 9, 20, 20], [0, 0, 100, 4], [6, 6, 7, 7]]
+    assert classes.tolist() == [2, 1, 1, 2, 2]
+
+
+def test_an_annotation_without_objects_has_no_boxes(tmp_path):
+    boxes, classes = read_boxes(annotation(tmp_path, "<annotation/>"), NAMES, (5, 5))
+    assert boxes.shape == (0, 4) and classes.shape == (0,)
+    assert not box_mask(boxes, classes, (5, 5)).any()
+    mask, fallbacks = grabcut_mask(np.zeros((5, 5, 3), np.uint8), boxes, classes)
+    assert mask.shape == (5, 5) and not mask.any() and fallbacks == []
+
+
+@pytest.mark.parametrize("text, words", [
+    ("<annotation><object>", "not readable XML"),
+    ("", "not readable XML"),
+    ("\x00\x01", "not readable XML"),
+    ("<annotation>" + thing("horse", 1, 1, 5, 5) + "</annotation>", "unknown class 'horse'; known are cat, dog"),
+    ("<annotation>" + thing("background", 1, 1, 5, 5) + "</annotation>", "unknown class"),
+    ("<annotation><object><bndbox/></object></annotation>", "unknown class ''"),
+    ("<annotation><object><name>cat</name></object></annotation>", "without xmin"),
+    ("<annotation>" + thing("cat", 1, "", 5, 5) + "</annotation>", "without xmin"),
+    ("<annotation>" + thing("cat", 1, "nan", 5, 5) + "</annotation>", "without xmin"),
+    ("<annotation>" + thing("cat", 1, 1, "inf", 5) + "</annotation>", "without xmin"),
+    ("<annotation>" + thing("cat", 6, 1, 5, 5) + "</annotation>", "no area"),
+    ("<annotation>" + thing("cat", 101, 1, 120, 5) + "</annotation>", "no area"),
+    ("<annotation>" + thing("cat", -9, 1, 0, 5) + "</annotation>", "no area")])
+def test_bad_annotations(tmp_path, text, words):
+    path = annotation(tmp_path, text)
+    with pytest.raises(BadInput) as raised:
+        read_boxes(path, NAMES, (50, 100))
+    assert words in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_box_mask_paints_the_smaller_box_last():
+    """A 4x3 box of class 1, in it a 2x1 box of class 2: on top wherever it stands in the list. Ties: the later one."""
+    wanted = [[1, 1, 1, 1, 0],
+              [1, 2, 2, 1, 0],
+              [1, 1, 1, 1, 0]]
+    large, small = (0, 0, 4, 3), (1, 1, 3, 2)
+    assert box_mask([large, small], [1, 2], (3, 5)).tolist() == wanted
+    assert box_mask([small, large], [2, 1], (3, 5)).tolist() == wanted
+    assert box_mask([(0, 0, 2, 1), (1, 0, 3, 1)], [1, 2], (1, 4)).tolist() == [[1, 2, 2, 0]]
+    assert box_mask([large, small], [1, 2], (3, 5)).dtype == np.uint8
+
+
+# ---------------------------------------------------------------- GrabCut
+@pytest.mark.parametrize("radius", [3, 18, 150])  # scaled up, scaled up, scaled down and cut again at full size
+def test_a_disc_is_found(radius):
+    picture, truth, box = disc((4 * radius, 5 * radius), (int(2.4 * radius), 2 * radius), radius)
+    mask, why = grabcut(picture, box)
+    assert why is None and mask.shape == truth.shape and mask.dtype == bool
+    assert (mask & truth).sum() / (mask | truth).sum() > 0.93                # the box has pi / 4 = 0.79
+    x0, y0, x1, y1 = box
+    mask[y0:y1, x0:x1] = False
+    assert not mask.any()                                                    # nothing outside the box
+
+
+def test_the_last_cut_follows_the_pixels():
+    """Scaled down by 4 and up again a boundary is some pixels off; the cut at full size brings it back."""
+    picture, truth, box = disc((800, 800), (400, 400), 300)
+    mask, _ = grabcut(picture, box)
+    assert (mask ^ truth).sum() < 2 * np.pi * 300 / 4                       # a quarter of the boundary's pixels
+
+
+def test_same_mask_whatever_came_before():
+    picture, _, box = disc()
+    first = grabcut(picture, box)[0]
+    cv2.setRNGSeed(77)
+    grabcut(*disc(seed=5)[::2])
+    assert np.array_equal(first, grabcut(picture, box)[0])
+
+
+def whole_box(shape, box):
+    mask = np.zeros(shape[:2], bool)
+    mask[box[1]:box[3], box[0]:box[2]] = True
+    return mask
+
+
+def test_why_a_box_stays_whole():
+    picture, _, box = disc()
+    uniform = np.full_like(picture, 90)
+    cases = [(picture, (0, 0, 100, 80), {}, WHOLE),               # no background anywhere
+             (uniform, (10, 10, 60, 60), {}, NOTHING),            # all alike
+             (picture, box, {"min_fill": 0.99}, LITTLE)]          # a disc fills 0.79 of its box
+    for image, corners, options, reason in cases:
+        mask, why = grabcut(image, corners, **options)
+        assert why == reason and np.array_equal(mask, whole_box(image.shape, corners))
+
+
+def test_odd_boxes_never_fail():
+    """One pixel, one row, one column, at corners and edges, nearly the whole picture, in pictures of any shape."""
+    rng = np.random.default_rng(0)
+    for height, width in [(1, 2), (2, 2), (3, 40), (40, 3), (1, 60), (60, 80), (2000, 3)]:
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        boxes = [(0, 0, 1, 1), (width - 1, height - 1, width, height), (0, 0, width, 1), (0, 0, 1, height),
+                 (width // 2, 0, width // 2 + 1, height), (0, 0, max(1, width - 1), height), (0, 0, width, height)]
+        for box in boxes:
+            mask, why = grabcut(image, box)
+            inside = whole_box(image.shape, box)
+            assert mask.any() and not (mask & ~inside).any()
+            assert np.array_equal(mask, inside) if why else mask.sum() >= 0.15 * inside.sum()
+
+
+def test_an_iteration_that_loses_the_object_is_taken_back():
+    """With a floor that the first iterations reach and the last do not, the last good iteration's mask is kept."""
+    rng = np.random.default_rng(3)
+    taken_back = 0
+    for seed in range(12):
+        picture, _, box = disc(radius=20, seed=seed)
+        picture = (picture + rng.normal(0, 45, picture.shape)).clip(0, 255).astype(np.uint8)
+        fills = [grabcut(picture, box, iterations=k, min_fill=0)[0][whole_box(picture.shape, box)].mean()
+                 for k in range(1, 6)]
+        if fills[0] > fills[4] + 0.02:                            # the fifth iteration found less than the first
+            mask, why = grabcut(picture, box, min_fill=(fills[0] + fills[4]) / 2)
+            assert why is None and mask[whole_box(picture.shape, box)].mean() >= (fills[0] + fills[4]) / 2
+            taken_back += 1
+    assert taken_back
+
+
+def flock():
+    """Three boxes side by side on a grey band over green: -> picture, truth (H, W) bool, boxes."""
+    band = np.zeros((90, 160), bool)
+    band[25:65] = True
+    picture = np.where(band[..., None], (150, 150, 140), (90, 140, 70))
+    picture = (picture + np.random.default_rng(0).normal(0, 40, picture.shape)).clip(0, 255).astype(np.uint8)
+    return picture, band, [(0, 22, 50, 68), (50, 22, 105, 68), (105, 22, 160, 68)]
+
+
+def test_the_neighbours_of_a_flock_are_no_background():
+    """Left and right of a sheep is sheep. Taken for three classes the boxes get lost, as one class none does."""
+    picture, band, boxes = flock()
+    together, fallbacks = grabcut_mask(picture, boxes, [1, 1, 1])
+    assert fallbacks == [None, None, None]
+    assert ((together == 1) & band).sum() / ((together == 1) | band).sum() > 0.98
+    apart, fallbacks = grabcut_mask(picture, boxes, [1, 2, 3])
+    assert NOTHING in fallbacks and ((apart > 0) ^ band).sum() > 5 * ((together > 0) ^ band).sum()
+
+
+def test_same_class_boxes_that_leave_no_background_do_not_count():
+    picture, _, box = disc()
+    everywhere = np.ones(picture.shape[:2], bool)
+    assert np.array_equal(grabcut(picture, box, everywhere)[0], grabcut(picture, box)[0])
+
+
+def test_in_m_the_larger_object_shows_through_the_smaller_box():
+    """A red disc (class 2, small box) on a grey one (class 1): grey corners of the small box are 2 in B, but 1 in M."""
+    picture, grey, large = disc((120, 140), (70, 60), 45)
+    small = (58, 48, 83, 73)
+    ys, xs = np.mgrid[:120, :140]
+    red = (xs - 70) ** 2 + (ys - 60) ** 2 <= 12 ** 2
+    picture[red] = (200, 30, 30)
+    mask, fallbacks = grabcut_mask(picture, [small, large], [2, 1])
+    assert fallbacks == [None, None]
+    corner = whole_box(mask.shape, small) & ~red
+    assert (box_mask([small, large], [2, 1], mask.shape)[corner] == 2).all()
+    assert (mask[corner] == 1).mean() > 0.9 and (mask[red] == 2).mean() > 0.9
+
+
+# ---------------------------------------------------------------- labels on disk
+def test_labels_are_palette_pngs_that_fit(drawn):
+    devkit, labels = drawn
+    voc = find_voc(devkit)
+    for image_id in all_ids(voc):
+        size = Image.open(voc / "JPEGImages" / f"{image_id}.jpg").size[::-1]
+        boxes, classes = read_boxes(voc / "Annotations" / f"{image_id}.xml", CLASS_NAMES, size)
+        read = {kind: read_label(labels / kind / f"{image_id}.png", size, len(CLASS_NAMES))
+                for kind in ("BoxMasks", "GrabCutMasks")}
+        assert np.array_equal(read["BoxMasks"], box_mask(boxes, classes, size))
+        assert not read["GrabCutMasks"][read["BoxMasks"] == 0].any()         # M is background where B is
+        assert set(np.unique(read["GrabCutMasks"])) <= {0, *classes}
+        png = Image.open(labels / "GrabCutMasks" / f"{image_id}.png")
+        assert png.mode == "P" and png.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+
+
+def test_the_number_of_workers_changes_nothing(drawn, tmp_path):
+    devkit, labels = drawn
+    threads = cv2.getNumThreads()
+    summary = make_labels(find_voc(devkit), all_ids(find_voc(devkit))[::-1], out=tmp_path, workers=3)
+    assert summary["made"] == 14 and summary["skipped"] == 0 and summary["failures"] == []
+    assert label_bytes(tmp_path) == label_bytes(labels) and len(label_bytes(labels)) == 28
+    assert cv2.getNumThreads() == threads                                    # left as found
+
+
+def test_a_second_run_makes_only_what_is_missing(drawn, devkit):
+    voc = find_voc(devkit)
+    ids = all_ids(voc)
+    for kind in ("BoxMasks", "GrabCutMasks"):
+        shutil.copytree(drawn[1] / kind, voc / kind)
+    (voc / "BoxMasks" / f"{ids[0]}.png").unlink()
+    (voc / "GrabCutMasks" / f"{ids[1]}.png").unlink()
+    (voc / "GrabCutMasks" / f"{ids[1]}.png.4711.tmp").write_bytes(b"half a f")         # of a run that was killed
+    before = {path: path.stat().st_mtime_ns for path in voc.glob("*Masks/*.png")}
+    summary = make_labels(voc, ids, workers=1)
+    assert (summary["made"], summary["skipped"]) == (2, 12)
+    assert label_bytes(voc) == label_bytes(drawn[1])
+    changed = {path.stem for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
+    assert changed <= set(ids[:2])
+    assert make_labels(voc, ids)["made"] == 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_run_stopped_in_the_middle_leaves_whole_files_and_goes_on(tmp_path, how):
+    devkit = tmp_path / "VOCdevkit"
+    make_toy_voc(devkit, images=60, val=1, size=(60, 80))
+    voc = find_voc(devkit)
+    command = [sys.executable, SCRIPT, "--data", devkit, "--workers", "2"]
+    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while run.poll() is None and len(list(voc.glob("GrabCutMasks/*.png"))) < 5:
+        time.sleep(0.01)
+    run.send_signal(how)
+    error = run.communicate()[1]
+    done = list(voc.glob("*Masks/*.png"))
+    assert 10 <= len(done) < 120
+    for path in done:
+        read_label(path, (60, 80), len(CLASS_NAMES))                         # no half file under a final name
+    if how == signal.SIGINT:
+        assert run.returncode == 130 and "goes on" in error and "Traceback" not in error
+    status, out, error = command_line("--data", devkit, "--workers", 2)
+    assert status == 0
+    assert len(list(voc.glob("BoxMasks/*.png"))) == len(list(voc.glob("GrabCutMasks/*.png"))) == 60
+    assert "failed 0" in out and "made 60" not in out                        # it did not start over
+
+
+def test_own_classes_and_the_list_that_is_taken(drawn, devkit):
+    voc = find_voc(devkit)
+    status, out, _ = command_line("--data", devkit)
+    assert status == 0 and "10 images of" in out and "train.txt" in out and "made 10, already there 0, failed 0" in out
+    shutil.copy(voc / "ImageSets/Segmentation/val.txt", voc / "ImageSets/Segmentation/trainaug.txt")
+    status, out, _ = command_line("--data", voc)
+    assert status == 0 and "4 images of" in out and "trainaug.txt" in out
+    assert label_bytes(voc) == label_bytes(drawn[1])
+    (voc / "class_names.txt").write_text("background\n" + "\n".join(reversed(CLASS_NAMES[1:])) + "\n")
+    ids = all_ids(voc)[:1]
+    make_labels(voc, ids, out=devkit / "other", workers=1)
+    mirrored = read_label(devkit / "other" / "BoxMasks" / f"{ids[0]}.png")
+    ours = read_label(drawn[1] / "BoxMasks" / f"{ids[0]}.png")
+    assert np.array_equal(mirrored, np.where(ours > 0, len(CLASS_NAMES) - ours.astype(int), 0))
+
+
+def test_shards_part_the_list(drawn, tmp_path):
+    for part in (1, 2, 3):
+        shard = ("--split", "trainval", "--shard", f"{part}/3")
+        status, out, _ = command_line("--data", drawn[0], *shard, "--out", tmp_path)
+        assert status == 0 and "already there 0" in out
+    assert label_bytes(tmp_path) == label_bytes(drawn[1])
+
+
+def test_fallbacks_are_counted(tmp_path):
+    """Three pictures: all alike, a box over all of it, a disc; the disc counts too once the floor is above 0.79."""
+    voc = tmp_path / "VOC2012"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
+        (voc / folder).mkdir(parents=True)
+    (voc / "class_names.txt").write_text("\n".join(NAMES))
+    picture, _, (x0, y0, x1, y1) = disc()
+    pictures = {"alike": np.full_like(picture, 90), "whole": picture, "disc": picture}
+    for name, image in pictures.items():
+        Image.fromarray(image).save(voc / "JPEGImages" / f"{name}.jpg", quality=98)
+        corners = (1, 1, 100, 80) if name == "whole" else (x0 + 1, y0 + 1, x1, y1)
+        (voc / "Annotations" / f"{name}.xml").write_text(f"<annotation>{thing('dog', *corners)}</annotation>")
+    (voc / "ImageSets/Segmentation/train.txt").write_text("\n".join(pictures))
+    summary = make_labels(voc, list(pictures), workers=2)
+    assert summary["boxes"] == 3 and summary["fallbacks"] == {NOTHING: 1, WHOLE: 1} and summary["made"] == 3
+    status, out, _ = command_line("--data", tmp_path, "--out", tmp_path / "other", "--min-fill", 0.95)
+    assert status == 0
+    assert f"3 boxes, 3 stayed whole (100.0 %): {WHOLE}: 1, {NOTHING}: 1, {LITTLE}: 1" in out
+    both = [read_label(tmp_path / "other" / kind / "disc.png") for kind in ("BoxMasks", "GrabCutMasks")]
+    assert np.array_equal(*both) and both[0].any()
+
+
+# ---------------------------------------------------------------- bad input
+def refused(*arguments):
+    """Runs the command line, which must refuse with one line -> that line"""
+    status, out, error = command_line(*arguments)
+    assert status == 2 and "Traceback" not in error and error.strip().count("\n") == 0, error
+    return error
+
+
+def test_refusals(devkit, tmp_path):
+    voc = find_voc(devkit)
+    jpeg = next((voc / "JPEGImages").glob("*.jpg"))
+    assert "no VOC data in nowhere" in refused("--data", "nowhere")
+    assert "no image list" in refused("--data", devkit, "--split", "test")
+    assert "no image list" in refused("--data", devkit, "--list", tmp_path / "mine.txt")
+    assert "wanted I/N" in refused("--data", devkit, "--shard", "3/2")
+    assert "wanted I/N" in refused("--data", devkit, "--shard", "half")
+    (tmp_path / "file").write_text("")
+    assert "--out" in refused("--data", devkit, "--out", tmp_path / "file")
+    assert "no image" in refused("--image", tmp_path / "none.jpg", "--box", 0, 0, 5, 5)
+    assert "no area" in refused("--image", jpeg, "--box", 5, 5, 5, 9)
+    assert "no area" in refused("--image", jpeg, "--box", 500, 5, 600, 9)
+    assert "not a readable image" in refused("--image", voc / "class_names.txt", "--box", 0, 0, 5, 5)
+    (voc / "class_names.txt").write_text("background\ncat\ncat\n")
+    assert "class_names.txt" in refused("--data", devkit)
+
+
+@pytest.mark.parametrize("arguments", [("--image", "x.jpg"), ("--split", "a", "--list", "b"), ("--iterations", "0"),
+                                       ("--margin", "0"), ("--workers", "0"), ("--min-fill", "2"), ("--boxes", "mine")])
+def test_arguments_that_do_not_fit(arguments):
+    status, _, error = command_line(*arguments)
+    assert status == 2 and "Traceback" not in error and "error:" in error
+
+
+def test_bad_images_are_reported_and_the_others_made(drawn, devkit):
+    voc = find_voc(devkit)
+    ids = all_ids(voc)
+    jpeg = voc / "JPEGImages" / f"{ids[0]}.jpg"
+    jpeg.write_bytes(jpeg.read_bytes()[:500])                                # cut off
+    (voc / "JPEGImages" / f"{ids[1]}.jpg").unlink()
+    xml = voc / "Annotations" / f"{ids[2]}.xml"
+    xml.write_text(xml.read_text()[:-30])
+    xml = voc / "Annotations" / f"{ids[3]}.xml"
+    xml.write_text(f"<annotation>{thing('unicorn', 1, 1, 5, 5)}</annotation>")
+    (voc / "Annotations" / f"{ids[4]}.xml").unlink()
+    status, out, error = command_line("--data", devkit, "--split", "trainval", "--fill-rates", devkit / "rates")
+    assert status == 1 and "Traceback" not in error
+    assert "made 9, already there 0, failed 5" in out and "5 of 14 images got no labels" in error
+    listed = error[error.index("5 of 14"):].splitlines()[1:]
+    words = ["not a readable image", "no image", "not readable XML", "known are " + ", ".join(CLASS_NAMES[1:]),
+             "no annotation"]
+    assert [line.split(":")[0].strip() for line in listed] == ids[:5]
+    assert all(word in line for word, line in zip(words, listed))
+    made = label_bytes(voc)
+    assert made == {name: png for name, png in label_bytes(drawn[1]).items() if Path(name).stem in ids[5:]}
+    assert set(json.loads((devkit / "rates.json").read_text())["images"]) == set(ids[5:])
+    for folder in ("JPEGImages", "Annotations"):                             # mended, a second run makes the five
+        shutil.copytree(drawn[0] / "VOC2012" / folder, voc / folder, dirs_exist_ok=True)
+    status, out, _ = command_line("--data", devkit, "--split", "trainval")
+    assert status == 0 and "made 5, already there 9, failed 0" in out and label_bytes(voc) == label_bytes(drawn[1])
+
+
+# ---------------------------------------------------------------- boxes from a detector
+class Stub(torch.nn.Module):
+    """Stands in for torchvision's detector: four detections, COCO's labels, whatever the picture."""
+    def forward(self, images):
+        assert images[0].shape == (3, 60, 80) and images[0].max() <= 1
+        return [{"boxes": torch.tensor([[10.6, 5.2, 40.1, 50.9], [-3.0, 2.0, 90.0, 70.0], [1.0, 1.0, 9.0, 9.0],
+                                        [20.0, 20.0, 30.0, 30.0]]),
+                 "labels": torch.tensor([72, 1, 25, 18]),                    # tv, person, giraffe, dog
+                 "scores": torch.tensor([0.9, 0.5, 0.99, 0.49])}]
+
+
+def test_detections_become_voc_boxes(monkeypatch, drawn, tmp_path):
+    """The giraffe is no VOC class, the dog scores 0.49; a tv is a tvmonitor; corners go outwards and are clipped."""
+    from torchvision.models import detection
+    monkeypatch.setattr(detection, "fasterrcnn_resnet50_fpn_v2", lambda **_: Stub())
+    detect = grabcut_labels.make_detector(grabcut_labels.VOC_CLASSES)
+    boxes, classes = detect(np.full((60, 80, 3), 255, np.uint8))
+    assert boxes.tolist() == [[10, 5, 41, 51], [0, 2, 80, 60]] and classes.tolist() == [20, 15]
+    voc = Path(shutil.copytree(drawn[0], tmp_path / "VOCdevkit")) / "VOC2012"
+    (voc / "class_names.txt").write_text("background\nperson\ntvmonitor\n")
+    shutil.rmtree(voc / "Annotations")                                       # not needed
+    detect = grabcut_labels.make_detector(["background", "person", "tvmonitor"])
+    ids = all_ids(voc)[:3]
+    summary = make_labels(voc, ids, workers=2, detect=detect)
+    assert summary["made"] == 3 and summary["boxes"] == 6 and not (voc / "BoxMasks").exists()
+    wanted = box_mask([(10, 5, 41, 51), (0, 2, 80, 60)], [2, 1], (60, 80))
+    assert np.array_equal(read_label(voc / "BoxMasks-detector" / f"{ids[0]}.png"), wanted)
+    assert set(np.unique(read_label(voc / "GrabCutMasks-detector" / f"{ids[0]}.png"))) <= {0, 1, 2}
+
+
+def test_every_voc_class_has_one_coco_name():
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_V2_Weights
+    categories = FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]
+    mapped = [grabcut_labels.COCO_TO_VOC.get(category, category) for category in categories]
+    assert [mapped.count(name) for name in grabcut_labels.VOC_CLASSES[1:]] == [1] * 20
+
+
+def test_a_torchvision_detector_from_a_local_file(drawn, tmp_path):
+    """Random weights: which boxes come out means nothing, that the whole path runs does."""
+    from torchvision.models import detection
+    torch.manual_seed(0)
+    name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+    network = getattr(detection, name)(weights=None, weights_backbone=None, num_classes=91)
+    network.roi_heads.box_predictor.cls_score.bias.data[1] = 9               # it sees persons everywhere
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    voc = Path(shutil.copytree(drawn[0], tmp_path / "VOCdevkit")) / "VOC2012"
+    (voc / "class_names.txt").unlink()                                       # VOC's own classes
+    (voc / "short.txt").write_text(all_ids(voc)[0])
+    arguments = ("--data", voc, "--list", voc / "short.txt", "--boxes", "detector", "--detector", name)
+    arguments = (*arguments, "--detector-weights", tmp_path / "weights.pth")
+    status, out, error = command_line(*arguments)
+    assert status == 0 and "made 1, already there 0, failed 0" in out, error
+    found = read_label(voc / "BoxMasks-detector" / f"{all_ids(voc)[0]}.png", (60, 80), 21)
+    assert set(np.unique(found)) <= {0, 15} and found.any()
+    assert "no detector weights" in refused(*arguments, "--detector-weights", tmp_path / "none.pth")
+    (tmp_path / "weights.pth").write_bytes(b"spoilt")
+    assert "not a state dict" in refused(*arguments)
+    torch.save({"other.weight": torch.zeros(1)}, tmp_path / "weights.pth")
+    assert "not a state dict" in refused(*arguments)
+    assert "no COCO detector" in refused(*arguments, "--detector", "resnet18")
+    (voc / "class_names.txt").write_text("background\nunicorn\n")
+    assert "COCO name" in refused(*arguments)
+    if not torch.cuda.is_available():
+        assert "no CUDA here" in refused(*arguments, "--device", "cuda")
+
+
+# ---------------------------------------------------------------- filling rates
+def test_fill_rates_by_hand():
+    """Class 1 has 4 pixels in B, 2 of them in M; class 2 has 2, none in M as 2: M's third 1 shows through 2's box."""
+    box_labels = np.array([[1, 1, 0], [1, 1, 0], [2, 2, 0]], np.uint8)
+    mask_labels = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 0]], np.uint8)
+    assert fill_rates(box_labels, mask_labels) == {1: 0.5, 2: 0.0}
+    assert fill_rates(np.zeros((2, 2), np.uint8), np.zeros((2, 2), np.uint8)) == {}
+
+
+def naive_rates(box_labels, mask_labels):
+    rates = {}
+    for c in sorted(set(box_labels.ravel().tolist()) - {0, 255}):
+        area = filled = 0
+        for b, m in zip(box_labels.ravel().tolist(), mask_labels.ravel().tolist()):
+            area += b == c
+            filled += b == c and m == c
+        rates[c] = filled / area
+    return rates
+
+
+def test_fill_rates_of_a_set(drawn, tmp_path):
+    devkit, labels = drawn
+    voc = find_voc(devkit)
+    status, out, error = command_line("--data", devkit, "--split", "trainval", "--out", labels,
+                                      "--fill-rates", tmp_path / "rates")
+    assert status == 0 and "made 0, already there 14" in out, error
+    table = json.loads((tmp_path / "rates.json").read_text())
+    by_class = {name: [] for name in CLASS_NAMES[1:]}
+    for image_id in all_ids(voc):
+        rates = naive_rates(*(read_label(labels / kind / f"{image_id}.png") for kind in ("BoxMasks", "GrabCutMasks")))
+        assert table["images"][image_id] == pytest.approx({CLASS_NAMES[c]: rate for c, rate in rates.items()}, abs=5e-5)
+        for c, rate in rates.items():
+            by_class[CLASS_NAMES[c]].append(rate)
+    assert list(table["images"]) == all_ids(voc) and list(table["classes"]) == CLASS_NAMES[1:]
+    for name, rates in by_class.items():
+        assert table["classes"][name]["images"] == len(rates)
+        assert table["classes"][name]["mean"] == pytest.approx(np.mean(rates), abs=2e-4)
+        assert table["classes"][name]["median"] == pytest.approx(np.median(rates), abs=2e-4)
+    picture = np.array(Image.open(tmp_path / "rates.png"))
+    assert picture.shape[2] == 3 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 20
+    means = class_fill_rates(voc, all_ids(voc), labels)
+    assert means.dtype == torch.float32
+    assert means.tolist() == pytest.approx([table["classes"][name]["mean"] for name in CLASS_NAMES[1:]])
+
+
+def test_fill_rates_are_eq_7_of_the_losses():
+    from losses import fill_rate
+    rng = np.random.default_rng(0)
+    box_labels, mask_labels = rng.integers(0, 5, (2, 30, 40), dtype=np.uint8)
+    theirs = fill_rate(torch.from_numpy(mask_labels[None]).long(), torch.from_numpy(box_labels[None]).long(), 5)[0]
+    ours = fill_rates(box_labels, mask_labels)
+    assert [ours[c] for c in (1, 2, 3, 4)] == pytest.approx(theirs.tolist())
+
+
+def test_a_class_without_a_box_has_no_rate(drawn):
+    devkit, labels = drawn
+    voc = find_voc(devkit)
+    ids = all_ids(voc)[:1]
+    present = set(np.unique(read_label(labels / "BoxMasks" / f"{ids[0]}.png"))) - {0}
+    means = class_fill_rates(voc, ids, labels)
+    assert len(present) < len(means)
+    assert all(means[c - 1] == 1 for c in range(1, len(CLASS_NAMES)) if c not in present)
+
+
+# ---------------------------------------------------------------- one picture
+def test_one_mask_is_shown(tmp_path):
+    picture, truth, (x0, y0, x1, y1) = disc()
+    Image.fromarray(picture).save(tmp_path / "disc.png")
+    status, out, error = command_line("--image", tmp_path / "disc.png", "--box", x0, y0, x1, y1)
+    assert status == 0 and out.startswith(str(tmp_path / "disc_grabcut.png")), error
+    assert float(out.split()[-1]) == pytest.approx(truth.sum() / ((x1 - x0) * (y1 - y0)), abs=0.03)
+    shown = np.array(Image.open(tmp_path / "disc_grabcut.png"))
+    assert shown.shape[2] == 3 and shown.shape[1] > 2 * picture.shape[1]
+    elsewhere = ("--out", tmp_path / "new")
+    status, out, _ = command_line("--image", tmp_path / "disc.png", "--box", -5, -5, 200, 200, *elsewhere)
+    assert status == 0 and f"the box stays whole: {WHOLE}" in out and (tmp_path / "new/disc_grabcut.png").exists()
+
+
+def test_help_teaches():
+    status, out, _ = command_line("--help")
+    assert status == 0
+    for option in "--iterations --margin --working-size --min-fill --score-threshold --detector --split".split():
+        text = out[out.rindex(f"  {option} "):].split("\n  --")[0]
+        assert "ours" in text or "paper" in text, option
