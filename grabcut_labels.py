@@ -270,7 +270,7 @@ def grabcut_mask(image, boxes, classes, **options):
     """
     mask = np.zeros(image.shape[:2], np.uint8)
     fallbacks = [None] * len(boxes)
-    classes = np.asarray(classes)
+    boxes, classes = np.asarray(boxes).reshape(-1, 4), np.asarray(classes)
     for k in larger_first(boxes):
         same = classes == classes[k]
         same_class = box_mask(boxes[same], np.ones(same.sum()), mask.shape) == 1 if same.sum() > 1 else None
@@ -446,7 +446,7 @@ def draw_fill_rates(table):
         base = 50 + (row + 1) * step - 4
         xs = left + plot * (np.arange(bins) + 0.5) / bins
         outline = np.stack([np.r_[left, xs, left + plot], base - (step - 10) * np.r_[0, density, 0] / density.max()], 1)
-        colour = tuple(int(c) for c in voc_palette()[row + 1])
+        colour = tuple(int(c) for c in voc_palette()[list(table["classes"]).index(name) + 1])
         pale = tuple((c + 2 * 255) // 3 for c in colour)
         cv2.fillPoly(canvas, [np.round(outline * 16).astype(np.int32)], pale, cv2.LINE_AA, shift=4)
         cv2.polylines(canvas, [np.round(outline * 16).astype(np.int32)], False, colour, 1, cv2.LINE_AA, shift=4)
@@ -521,7 +521,7 @@ def parse_arguments():
         parser.error("--image and --box go together")
     if arguments.split and arguments.list:
         parser.error("--split or --list, not both")
-    if arguments.iterations < 1 or arguments.working_size < 8 or arguments.workers is not None and arguments.workers < 1:
+    if min(arguments.iterations, 1 if arguments.workers is None else arguments.workers, arguments.working_size - 7) < 1:
         parser.error("--iterations and --workers of at least 1, --working-size of at least 8 wanted")
     if not (0 < arguments.margin < 100 and 0 <= arguments.min_fill <= 1 and 0 <= arguments.score_threshold <= 1):
         parser.error("--margin above 0, --min-fill and --score-threshold from 0 to 1 wanted")
