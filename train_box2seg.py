@@ -557,6 +557,7 @@ def main(argv):
         if world > 1:  # stage 1 leaves the y and alpha decoders alone
             model = torch.nn.parallel.DistributedDataParallel(
                 model, [device] if device.type == "cuda" else None, find_unused_parameters=stage == 1)
+        model.train()  # validation puts it back so
         generator = torch.Generator(device)
         plan = batches(len(ids), args.batch_size, args.seed + stage, begin, total, rank, world)
         loader = iter(torch.utils.data.DataLoader(
@@ -600,12 +601,13 @@ def main(argv):
             # ---- forward: y, alpha, beta at a quarter of the crop's side (Sect. 4.1), labels brought to the same grid
             # PAPER SILENT: how B and M get to m = n / 16. Each cell takes the label at its centre, so that no label is
             # blended with another; fill rates (Eq. 7) are those of the crop, on this grid.
-            model.train()
             with autocast:
                 logits, attention, beta = model(normalize(image))
             B, labels = (F.interpolate(t[:, None], logits.shape[2:], mode="nearest-exact")[:, 0] for t in (B, labels))
-            generator.manual_seed(int(np.random.SeedSequence((args.seed, stage, step, rank)).generate_state(1)[0]))
-            drawn = losses.pair_samples(labels, len(names), args.pair_fraction) if with_a else None
+            drawn = None
+            if with_a:  # the pixels drawn, too, depend on seed and step alone
+                generator.manual_seed(int(np.random.SeedSequence((args.seed, stage, step, rank)).generate_state(1)[0]))
+                drawn = losses.pair_samples(labels, len(names), args.pair_fraction)
 
             # ---- losses, in float32
             if stage == 1:  # "minimizing Eqn. 10 using M_i in place of y_i" (Sect. 4.1)
