@@ -1,4 +1,4 @@
-"""Every equation of Box2Seg and the IoU metric, one function each. Copy what you need.
+"""Every equation of Box2Seg and BoxSup and the IoU metric, one function each. Copy what you need.
 
 Box2Seg: Weakly-supervised Semantic Segmentation by Bounding Box (Kulharia et al., ECCV 2020), Sect. 3.
 
@@ -15,6 +15,23 @@ Box2Seg: Weakly-supervised Semantic Segmentation by Bounding Box (Kulharia et al
     eta'    attention_fill_rate  (N, L)          [0, 1]      share of class c's box area that alpha fills
 
 B and M are one-hot tensors in the paper and index maps here, which is the same thing, since a pixel has one class.
+
+BoxSup: Exploiting Bounding Boxes to Supervise Convolutional Networks (Dai et al., ICCV 2015), Sect. 3 and 4. One image:
+
+    paper   here                 shape (range)               what it is
+    ------  -------------------  --------------------------  ------------------------------------------------------
+    B       boxes                (K, 4)  x0 y0 x1 y1         the annotated boxes, pixels from 0, x1 and y1 exclusive
+    l_B     classes              (K,)    1..L                their classes
+    S       members              (N, R)  0 or 1              candidate segments: which superpixels segment n consists of
+            superpixels          (H, W)  0..R-1              the superpixel of each pixel
+            candidate_boxes      (N, 4)  x0 y0 x1 y1         the tight boxes of the segments
+    l_S                                                      a segment's label: a class for the one that a box takes
+    X       softmax(logits)      (L+1, H, W)  [0, 1]         class probabilities; the functions take the logits
+    E_o     overlap_cost()       (K, N)  [0, 1]              how badly segment n's box fits box k
+    E_r     regression_cost()    (K, N)  0 and up            what the network would pay if box k took segment n
+    lambda  weight                                           3
+
+BoxSup's Eq. 1, what trains the network, is cross_entropy_loss; the costs are no losses, nothing is derived from them.
 
 What holds for every loss:
 - 255 means unlabelled (crop padding, VOC's object borders): such a pixel adds to no numerator and to no denominator
@@ -38,6 +55,8 @@ def cross_entropy_loss(logits, labels):
     """Box2Seg Eq. 1 (labels = B: L_box) and Eq. 2 (labels = M: L_GC); with true masks, the supervised loss.
 
         L = -1/m  sum_c sum_i  labels(i, c) log y(i, c)
+
+    BoxSup Eq. 1, E(theta) = sum_p e(X(p), l(p)), too: l(p) true or estimated, e the cross-entropy, as in the FCN.
 
     logits (N, C, h, w), labels (N, h, w) in 0..C-1 or 255 -> scalar, the mean over the labelled pixels of the batch.
     """
@@ -273,6 +292,94 @@ def filling_rate_loss(logits, box_labels, rates):
     rank = confidence.argsort(dim=2, descending=True, stable=True).argsort(2)    # 0 for class c's most confident pixel
     keep = (B & (rank < (rates * B.sum(2)).round()[:, :, None])).any(1) | (box_labels.flatten(1) == 0)
     return cross_entropy_loss(logits, torch.where(keep.view(box_labels.shape), box_labels, 255))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# BoxSup, Sect. 4: what it would cost box k to take candidate segment n, for all boxes and segments of an image at once
+# ---------------------------------------------------------------------------------------------------------------------
+
+def overlap_cost(boxes, candidate_boxes):
+    """BoxSup Eq. 2, the summand: how badly the tight box of a segment fits the annotated box.
+
+        E_o(k, n) = 1 - IoU(B_k, box of S_n)
+
+    boxes (K, 4), candidate_boxes (N, 4), x0 y0 x1 y1, x1 and y1 exclusive -> (K, N) in [0, 1]; 1 for an empty segment.
+    """
+    dtype = torch.promote_types(boxes.dtype, torch.float32)
+    boxes, candidate_boxes = boxes.to(dtype)[:, None], candidate_boxes.to(dtype)                  # (K, 1, 4), (N, 4)
+    area, candidate_area = ((b[..., 2:] - b[..., :2]).prod(-1) for b in (boxes, candidate_boxes))
+    first = torch.maximum(boxes[..., :2], candidate_boxes[:, :2])                                 # (K, N, 2)
+    last = torch.minimum(boxes[..., 2:], candidate_boxes[:, 2:])
+    both = (last - first).clamp(min=0).prod(-1)                                                   # (K, N)
+    return 1 - both / (area + candidate_area - both).clamp(min=1)  # whole pixels: less than 1 is nothing at all
+
+
+def regression_cost(logits, superpixels, members, boxes, classes, overlap="out"):
+    """BoxSup Eq. 3 for every box with every segment: how badly the label map that this choice makes fits the network.
+
+        E_r(k, n) = 1/|B_k|  sum_{p in B_k}  e(X(p), class k if p in S_n, background otherwise)     e: cross-entropy
+
+    logits (L+1, H, W) at the image's own resolution, superpixels (H, W) ids 0..R-1, members (N, R) bool or 0 and 1,
+    boxes (K, 4), classes (K,) in 1..L; overlap "out": a pixel in two boxes or more counts in none, "smaller": it counts
+    in the smallest, as it is painted in B -> (K, N). A box that has no pixel left costs 0 with every segment.
+
+    Only the pixels of the segment tell its cost from another's: with background everywhere, sum_p e(X(p), 0), taken
+    apart, what is left is a sum over superpixels, and all boxes and segments together are one matrix product,
+
+        |B_k| E_r(k, n) = sum_p e(X(p), 0)  +  sum_r members(n, r) D(k, r)
+        D(k, r)         = sum_{p in B_k and superpixel r}  e(X(p), class k) - e(X(p), 0)
+    """
+    # PAPER SILENT: Eq. 3 as printed sums over all pixels of the image, where Eq. 2 is at most 1: with lambda = 3, Eq. 2
+    # would have no say. We take the mean over the pixels of the box; what a segment covers outside is Eq. 2's matter.
+    # PAPER SILENT: what Eq. 3 expects where boxes overlap, when each box chooses by itself. Whatever the other box
+    # chooses there, "background outside the segment" may be wrong of it: pixels in more than one box are left out.
+    # (overlap="smaller" keeps a box inside another one in the game, which "out" leaves to Eq. 2 alone.)
+    (H, W), K, R = superpixels.shape, len(boxes), members.shape[1]
+    if logits.shape[1:] != superpixels.shape:  # gather would quietly take a corner
+        raise ValueError(f"superpixels {tuple(superpixels.shape)} do not fit logits {tuple(logits.shape)}")
+    if overlap not in ("out", "smaller"):
+        raise ValueError(f"overlap {overlap!r}: wanted 'out' or 'smaller'")
+
+    # Whose is each pixel? Paint the boxes in, the smallest last, as in B, over 0, "nobody's".
+    order = ((boxes[:, 0] - boxes[:, 2]) * (boxes[:, 3] - boxes[:, 1])).argsort(stable=True)      # (K,), largest first
+    x0, y0, x1, y1 = boxes[order, :, None].unbind(1)                                              # (K, 1) each
+    y, x = torch.arange(H, device=boxes.device), torch.arange(W, device=boxes.device)
+    inside = ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]                 # (K, H, W)
+    inside = F.pad(inside, (0, 0, 0, 0, 1, 0), value=True)                       # nobody has the whole picture
+    number = torch.arange(K + 1, dtype=torch.int16, device=boxes.device)[:, None, None]
+    owner = (inside * number).amax(0).long()                                                      # (H, W) 0..K
+    if overlap == "out":
+        owner = torch.where(inside[1:].sum(0) > 1, 0, owner)
+
+    log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=0)     # (L+1, H, W)
+    e_background = -log_y[0]                                                                      # (H, W)
+    e_class = -log_y.gather(0, F.pad(classes[order].long(), (1, 0))[owner][None])[0]              # (H, W), its owner's
+
+    cell = (owner * R + superpixels).flatten()                                   # where a pixel adds to, in (K+1, R)
+    table = torch.zeros((K + 1) * R, dtype=log_y.dtype, device=log_y.device)
+    background, D, pixels = (table.scatter_add(0, cell, e.flatten()).view(K + 1, R)[1:]           # (K, R)
+                             for e in (e_background, e_class - e_background, torch.ones_like(e_background)))
+    with torch.autocast(D.device.type, enabled=False):  # autocast would round the sums to 16 bits
+        total = background.sum(1, keepdim=True) + D @ members.to(D.dtype).T                       # (K, N)
+    return (total / pixels.sum(1, keepdim=True).clamp(min=1))[order.argsort()]
+
+
+def candidate_cost(logits, superpixels, members, candidate_boxes, boxes, classes, weight=3.0, overlap="out"):
+    """BoxSup Eq. 4, for every box with every segment: E_o + lambda E_r, lambda = 3 the paper's.
+
+    Arguments as for Eq. 2 and 3, or logits None: E_o alone, for the first label update -> (K, N). Box k takes one of
+    the segments with the *smallest* costs in row k (Sect. 4.3): costs.topk(5, largest=False).
+    """
+    # PAPER SILENT: what 1/N in Eq. 2 is for. One box activates one segment, so that the sum over S has one term left a
+    # box; over N it would fade beside E_r, the more the more segments the image happens to have. Left out.
+    # PAPER SILENT: Sect. 4.3 wants the cost that "is the smallest among all candidates", then samples from those "with
+    # the largest costs". Eq. 4 is a minimum: the smallest are meant.
+    # PAPER SILENT: "our algorithm starts from the step of updating segment labels", when the network's last layer is
+    # still random, and so would E_r be. That first update goes by E_o alone.
+    if logits is None:
+        return overlap_cost(boxes, candidate_boxes)
+    return overlap_cost(boxes, candidate_boxes) + weight * regression_cost(logits, superpixels, members, boxes, classes,
+                                                                           overlap)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

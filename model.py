@@ -1,5 +1,7 @@
 """
-The network of Box2Seg (Kulharia et al., ECCV 2020): one encoder, one feature pyramid, three small decoders.
+The networks of Box2Seg (Kulharia et al., ECCV 2020) and of BoxSup (Dai et al., ICCV 2015).
+
+Box2SegNet: one encoder, one feature pyramid, three small decoders.
 
     Sect. 3.1  y = Softmax(S(I, theta_y)), alpha = sigmoid(S(I, theta_alpha)), beta = S(I, theta_beta): segmentation
                probabilities, attention maps and pixel embeddings; "we discard the branches producing alpha, beta at
@@ -33,9 +35,34 @@ background), d = 64 and a crop of 321x321 pixels:
 
 Every convolution has a BatchNorm and a ReLU behind it, but for the last of each decoder.
 
-Who uses it: train_box2seg.py trains Box2SegNet on normalize()d batches and saves it; evaluate.py reads it back with
-load_network() and calls predict(). This file imports torch, torchvision and numpy, prints nothing, and downloads
-nothing unless pretrained=True asks for it.
+DeepLabVGG16: VGG-16 without its last two strides, its fully connected layers as convolutions.
+
+    Sect. 3    "we adopt our implementation of the FCN method [22] refined by CRF [5] as the mask-supervised baseline".
+    Sect. 5    "we use the publicly released VGG-16 model [29] that is pre-trained on ImageNet [27]". The baseline "has
+               a score of 63.8, [...] very close to 63.74 reported in [5] under the same setting".
+
+[5] is DeepLab, Chen et al., Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs, ICLR
+2015. Its table of fields of view names the setting: 63.74 belongs to a 4x4 fc6 with holes of 4. LargeFOV, 3x3 with
+holes of 12 and 1024 channels, has 67.6 there, and would lift every row of BoxSup's tables. A crop of 321x321 again:
+
+    module            what it does                                     output, N x             parameters   LargeFOV's
+    --------------------------------------------------------------------------------------------------------------------
+    features.0-4      2 3x3 convolutions, 2x2 max pooling /2             64 x 161 x 161            38,720
+    features.5-9      2 3x3 convolutions, 2x2 max pooling /2            128 x 81 x 81             221,440
+    features.10-16    3 3x3 convolutions, 2x2 max pooling /2            256 x 41 x 41           1,475,328
+    features.17-23    3 3x3 convolutions, 3x3 max pooling /1            512 x 41 x 41           5,899,776
+    features.24-30    3 3x3 convolutions with holes of 2, 3x3 pooling   512 x 41 x 41           7,079,424
+    fc6               4x4 convolution with holes of 4, dropout         4096 x 41 x 41          33,558,528    4,719,616
+    fc7               1x1 convolution, dropout                         4096 x 41 x 41          16,781,312    1,049,600
+    fc8               1x1 convolution: logits of X                       21 x 41 x 41              86,037       21,525
+    --------------------------------------------------------------------------------------------------------------------
+    DeepLab's table says 65.1 M and 20.5 M                                                     65,140,565   20,505,429
+
+Every convolution has a ReLU behind it, but for fc8.
+
+Who uses them: train_box2seg.py and train_boxsup.py train them on normalize()d batches and save them; evaluate.py reads
+them back with load_network() and calls predict(). This file imports torch, torchvision and numpy, prints nothing, and
+downloads nothing unless pretrained=True asks for it.
 
     network = Box2SegNet(num_classes=21, pretrained=True)
     logits, attention, embeddings = network.train()(normalize(images))     # images: (N, H, W, 3) uint8
@@ -123,7 +150,7 @@ def upsample(x, like):
     return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
-# ---- the network ----------------------------------------------------------------------------------------------------
+# ---- Box2Seg --------------------------------------------------------------------------------------------------------
 
 class Box2SegNet(nn.Module):
     """
@@ -191,6 +218,11 @@ class Box2SegNet(nn.Module):
         elif pretrained:
             download_encoder(self.encoder, backbone)
 
+    @property
+    def last_layer(self):
+        """The convolution that makes the logits; for a learning rate of its own, or to start it afresh."""
+        return self.segmentation[-1]
+
     def features(self, x):
         """Normalised images (N, 3, H, W), any size -> what the decoders share, (N, F, ceil(H/4), ceil(W/4))."""
         norm = self.pyramid[0][1]
@@ -252,6 +284,108 @@ class Box2SegNet(nn.Module):
         return network.train(self.training)
 
 
+# ---- BoxSup ---------------------------------------------------------------------------------------------------------
+
+# VGG-16 as DeepLab has it: channels, convolutions, stride of the pooling behind them, dilation.
+VGG16 = ((64, 2, 2, 1), (128, 2, 2, 1), (256, 3, 2, 1), (512, 3, 1, 1), (512, 3, 1, 2))
+
+
+class DeepLabVGG16(nn.Module):
+    """
+    BoxSup's network (Sect. 3, 5), DeepLab on VGG-16, stride 8.
+
+    num_classes    L + 1: counts the background, 21 for VOC
+    large_fov      False (paper): fc6 4x4 with holes of 4; True: DeepLab-LargeFOV, 3x3 with holes of 12, fc6 and fc7 of
+                   1024 channels
+    pretrained     start from torchvision's ImageNet weights, downloaded once
+    weights        start from this file instead, a state dict of torchvision's vgg16, perhaps partial:
+                   self.weights_report says which tensors, by their names here, were loaded and which were not
+
+    `arch` holds the arguments with which to build the same network again; it goes into the checkpoint.
+    Raises ValueError on fewer than 2 classes, or a weights file that cannot be used.
+
+    forward: normalised images (N, 3, H, W), any size -> logits (N, L+1, ceil(H/8), ceil(W/8)), in training as in eval
+    mode. Where a cell sits: as in Box2SegNet with 8 in place of 4, labels down and logits up the same way. Here the
+    receptive field of cell i is centred where the cell is, between pixels 8i+3 and 8i+4: three poolings of 2x2 cover
+    pixels 8i .. 8i+7, and all else pads alike on both sides, a 4x4 kernel with holes of 4, too: it is 3*4 + 1 = 13
+    cells wide, an odd number, and looks at the cells i-6, i-2, i+2, i+6 (LargeFOV: i-12, i, i+12). So a picture of one
+    or two cells a side, 16 pixels, leaves it nothing but padding.
+    """
+
+    def __init__(self, num_classes, large_fov=False, pretrained=False, weights=None):
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes counts the background, so at least 2, not {num_classes}")
+        self.arch = dict(network="DeepLabVGG16", num_classes=num_classes, large_fov=large_fov)
+
+        # PAPER SILENT: how the network pools. The first three stay VGG's 2x2, with a last incomplete window (321 -> 161
+        # -> 81 -> 41): what ImageNet's weights were trained with, and a cell is centred on its pixels. (Released
+        # DeepLab models have 3x3, which centres cell i on pixel 8i.) The last two lose their stride and are 3x3, since
+        # 2x2 would shift everything by half a cell.
+        layers, inputs = [], 3
+        for channels, convolutions, stride, dilation in VGG16:
+            for _ in range(convolutions):
+                layers += [nn.Conv2d(inputs, channels, 3, padding=dilation, dilation=dilation), nn.ReLU(inplace=True)]
+                inputs = channels
+            layers.append(nn.MaxPool2d(2, stride=2, ceil_mode=True) if stride == 2 else
+                          nn.MaxPool2d(3, stride=1, padding=1))
+        self.features = nn.Sequential(*layers)                                   # numbered as torchvision's
+
+        size, dilation, width = (3, 12, 1024) if large_fov else (4, 4, 4096)
+        self.fc6 = nn.Conv2d(512, width, size, padding=dilation * (size - 1) // 2, dilation=dilation)
+        self.fc7 = nn.Conv2d(width, width, 1)
+        self.fc8 = nn.Conv2d(width, num_classes, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):                                    # what no weights file fills: fan_in
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")      # keeps 16 layers without BatchNorm
+                nn.init.zeros_(module.bias)                                      # from fading
+        nn.init.normal_(self.fc8.weight, std=0.01)                               # training begins at uniform X
+
+        self.weights_report = None
+        if weights is not None:
+            self.weights_report = load_encoder(self, weights, "vgg16")
+        elif pretrained:
+            download_encoder(self, "vgg16")
+
+    @property
+    def last_layer(self):
+        """The convolution that makes the logits; for a learning rate of its own, or to start it afresh."""
+        return self.fc8
+
+    def forward(self, x):
+        """Normalised images (N, 3, H, W), any size -> logits (N, L+1, ceil(H/8), ceil(W/8)), in any mode."""
+        x = self.features(x)                                                     # (N,  512, 41, 41) for 321x321
+        x = F.dropout(F.relu(self.fc6(x)), 0.5, self.training)                   # (N, 4096, 41, 41)
+        x = F.dropout(F.relu(self.fc7(x)), 0.5, self.training)                   # (N, 4096, 41, 41)
+        return self.fc8(x)                                                       # (N,   21, 41, 41)
+
+
+def thin_out_vgg16(state, width, size):
+    """
+    torchvision's vgg16 state dict -> names and shapes of DeepLabVGG16: classifier.0 becomes fc6, classifier.3 fc7.
+
+    classifier.0 is a 7x7 convolution of 512 channels written as a matrix, (4096, 512 * 7 * 7). DeepLab (Sect. 3.2)
+    decimates it: of the 7 rows and columns 0, 2, 4, 6 are kept for a 4x4 fc6, 0, 3, 6 for a 3x3. LargeFOV also keeps
+    1024 of the 4096 channels, here every 4th. What has not VGG's shape comes back as it is, to be reported.
+    """
+    # PAPER SILENT: which positions and, for LargeFOV, which 1024 channels DeepLab keeps; every 2nd or 3rd position, so
+    # that both ends stay, and every 4th channel, since they have no order.
+    channel, cell = 4096 // width, 6 // (size - 1)
+    names = {"classifier.0": "fc6", "classifier.3": "fc7"}
+    thinned = {}
+    for name, value in state.items():
+        layer, _, kind = name.rpartition(".")
+        shape = tuple(value.shape) if torch.is_tensor(value) else None
+        if layer in names and shape == (4096,):
+            value = value[::channel]
+        elif name == "classifier.0.weight" and shape == (4096, 512 * 7 * 7):
+            value = value.reshape(4096, 512, 7, 7)[::channel, :, ::cell, ::cell] # (width, 512, size, size)
+        elif name == "classifier.3.weight" and shape == (4096, 4096):
+            value = value[::channel, ::channel, None, None]                      # (width, width, 1, 1)
+        thinned[f"{names.get(layer, layer)}.{kind}" if layer else name] = value
+    return thinned
+
+
 # ---- weights from a file --------------------------------------------------------------------------------------------
 
 def read_torch_file(path, remedy):
@@ -283,12 +417,25 @@ def load_matching(module, state):
             "reshaped": [k for k in state if k in own and k not in fits]}
 
 
+def imagenet_weights(network, state, backbone):
+    """
+    A state dict of torchvision's -> (what of it `network` can use, by its names, and the names of what it has no use
+    for: ImageNet's classifier). network: a torchvision ResNet without fc, or DeepLabVGG16.
+    """
+    head = "classifier.6." if backbone == "vgg16" else "fc."                     # the 1000 classes
+    rest = {k: v for k, v in state.items() if not k.startswith(head)}
+    if backbone == "vgg16":
+        rest = thin_out_vgg16(rest, width=network.fc6.out_channels, size=network.fc6.kernel_size[0])
+    return rest, [k for k in state if k.startswith(head)]
+
+
 def load_encoder(encoder, path, backbone):
     """
-    ImageNet weights from a file into the ResNet. The file: a state dict with torchvision's names, perhaps partial, or
-    {"state_dict": ...} or {"model": ...} around one; the names may carry DataParallel's "module.".
+    ImageNet weights from a file into the ResNet, or into DeepLabVGG16 (backbone "vgg16"). The file: a state dict with
+    torchvision's names, perhaps partial, or {"state_dict": ...} or {"model": ...} around one; the names may carry
+    DataParallel's "module.".
 
-    Returns load_matching's lists, with "file" (its path) and "not needed" (the names of ImageNet's classifier, fc.*).
+    Returns load_matching's lists, with "file" (its path) and "not needed" (the names of ImageNet's last layer).
     Raises ValueError if the file cannot be read or nothing in it fits.
     """
     remedy = f"expected a state dict of torchvision's {backbone}, as torch.save writes it"
@@ -299,12 +446,12 @@ def load_encoder(encoder, path, backbone):
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds no state dict but a {type(state).__name__}; {remedy}")
     state = {str(k).removeprefix("module."): v for k, v in state.items()}
-    head = [k for k in state if k.startswith("fc.")]
-    report = load_matching(encoder, {k: v for k, v in state.items() if k not in head})
+    usable, not_needed = imagenet_weights(encoder, state, backbone)
+    report = load_matching(encoder, usable)
     if not report["loaded"]:
-        raise ValueError(f"{path}: none of its {len(state)} entries fits {backbone}; {remedy} "
-                         "(conv1.weight, layer1.0.conv1.weight, ...)")
-    return {"file": str(path), **report, "not needed": head}
+        names = "features.0.weight, features.2.weight" if backbone == "vgg16" else "conv1.weight, layer1.0.conv1.weight"
+        raise ValueError(f"{path}: none of its {len(state)} entries fits {backbone}; {remedy} ({names}, ...)")
+    return {"file": str(path), **report, "not needed": not_needed}
 
 
 def format_report(report):
@@ -316,7 +463,11 @@ def format_report(report):
 
 
 def download_encoder(encoder, backbone):
-    """torchvision's ImageNet weights into the ResNet. Raises ValueError, naming the file to fetch, if it cannot."""
+    """
+    torchvision's ImageNet weights into the ResNet, or into DeepLabVGG16 (backbone "vgg16").
+
+    Raises ValueError, naming the file to fetch, if it cannot.
+    """
     # IMAGENET1K_V1, not DEFAULT: the weights of the papers' years, 77.4 % top-1 for ResNet-101. V2 (81.9 %) comes from
     # a recipe of 2021 and would lift every row of the tables for a reason that is in neither paper.
     source = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
@@ -326,10 +477,10 @@ def download_encoder(encoder, backbone):
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot get {source.url} ({reason}); fetch it elsewhere and give the file as weights, "
                          "or start without pretrained weights") from None
-    encoder.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    load_matching(encoder, imagenet_weights(encoder, state, backbone)[0])
 
 
-NETWORKS = {"Box2SegNet": Box2SegNet}         # by the name in arch["network"]
+NETWORKS = {"Box2SegNet": Box2SegNet, "DeepLabVGG16": DeepLabVGG16}              # by the name in arch["network"]
 
 
 def load_network(path, device="cpu"):
@@ -337,10 +488,10 @@ def load_network(path, device="cpu"):
     Reads a checkpoint of the training scripts -> (network in eval mode on the device, the whole dict on the CPU).
 
     The file is a dict with, among others, "model" (state dict), "class_names" (list of str, background first) and
-    "arch" (the network's class name and the arguments with which to build it again: Box2SegNet.arch).
+    "arch" (the network's class name and the arguments with which to build it again: network.arch).
     Raises ValueError, one line that names the file and the remedy, if it is missing, broken, or not one of ours.
     """
-    remedy = "give a checkpoint that train_box2seg.py wrote"
+    remedy = "give a checkpoint that train_box2seg.py or train_boxsup.py wrote"
     checkpoint = read_torch_file(path, remedy)
     if not isinstance(checkpoint, dict) or not {"model", "class_names", "arch"} <= checkpoint.keys():
         raise ValueError(f"{path}: not a checkpoint of ours (it lacks model, class_names or arch); {remedy}")
@@ -386,7 +537,7 @@ def predict(model, image, scales=(1.0,), flip=False):
                 size = max(1, round(s * H)), max(1, round(s * W))
                 view = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True) if s != 1 else x
                 for mirrored in (False, True)[:1 + flip]:
-                    logits = model(view.flip(3)).flip(3) if mirrored else model(view)        # (1, C, sH/4, sW/4)
+                    logits = model(view.flip(3)).flip(3) if mirrored else model(view)        # (1, C, h, w)
                     logits = F.interpolate(logits.float(), (H, W), mode="bilinear", align_corners=False)
                     total = total + logits.softmax(dim=1)                        # (1, C, H, W)
     finally:

@@ -7,7 +7,8 @@ Writes: nothing
 Expect: all passed, in about ten seconds of one core's time.
 
 Order: 1 by hand   2 against naive loops   3 gradients   4 what holds for every loss (ignored pixels, nothing to sum,
-       precision, memory layout, no waiting, pasted alone)   5 Eq. 10's draws   6 attention does not collapse   7 metric
+       precision, memory layout, no waiting, pasted alone)   5 Eq. 10's draws   6 attention does not collapse
+       7 BoxSup's costs   8 metric
 """
 import ast
 import inspect
@@ -195,6 +196,60 @@ def test_filling_rate_by_hand():
     assert is_close(losses.filling_rate_loss(LOGITS, boxes, torch.tensor([[1 / 3, 0.0]])), LN2)
 
 
+# BoxSup: a picture of six pixels, L = 2, three superpixels, two boxes that share pixel e, and four segments
+#
+#     a b c     superpixels  0 0 1     box 0, class 1: a b d e     segments  0: a b    1: a b d e     2: c f     3: none
+#     d e f                  2 2 1     box 1, class 2: e f
+#
+#               a  b  c  d  e  f
+#     y of 0    2  1  1  3  2  2     as minus the binary logarithm: what labelling the pixel so costs, in units of ln 2
+#     y of 1    1  3  2  1
+#     y of 2                3  1
+
+def boxsup_by_hand():
+    bits = torch.tensor([[[2, 1, 1], [3, 2, 2]], [[1, 3, 2], [1, 0, 0]], [[0, 0, 2], [0, 3, 1]]], dtype=torch.float64)
+    y = 2 ** -bits
+    y[2, 0, :2], y[2, 1, 0], y[1, 1, 1:] = 1 - y[:2, 0, :2].sum(0), 1 - y[:2, 1, 0].sum(), 1 - y[[0, 2], 1, 1:].sum(0)
+    assert (y > 0).all() and torch.equal(y.sum(0), torch.ones(2, 3, dtype=torch.float64))
+    return dict(logits=y.log() + 5, superpixels=torch.tensor([[0, 0, 1], [2, 2, 1]]),
+                members=torch.tensor([[1, 0, 0], [1, 0, 1], [0, 1, 0], [0, 0, 0]]).bool(),
+                boxes=torch.tensor([[0, 0, 2, 2], [1, 1, 3, 2]]), classes=torch.tensor([1, 2]))
+
+
+CANDIDATE_BOXES = torch.tensor([[0, 0, 2, 1], [0, 0, 2, 2], [2, 0, 3, 2], [0, 0, 0, 0]])
+
+
+def test_overlap_cost_by_hand():
+    """box 0, 2 x 2: IoU 2/4 with a b, 1 with a b d e, none with c f nor with the empty segment
+    box 1, 2 x 1: none with a b; e of a b d e: 1 / (4 + 2 - 1); f of c f: 1 / (2 + 2 - 1)
+    """
+    costs = losses.overlap_cost(boxsup_by_hand()["boxes"], CANDIDATE_BOXES)
+    assert costs.dtype == torch.float32
+    assert is_close(costs, [[1 / 2, 0, 1, 1], [1, 4 / 5, 2 / 3, 1]])
+
+
+def test_regression_cost_by_hand():
+    """e is in both boxes and left out. Box 0 is left with a, b, d; class 1 in the segment, background outside:
+        a b: 1 + 3 + 3 = 7      a b d e: 1 + 3 + 1 = 5      c f and none: 2 + 1 + 3 = 6         ln 2 / 3 of it
+    Box 1 is left with f: 2, with c f 1. Box 1 is the smaller: with overlap="smaller" it has e and f,
+        a b and none: 2 + 2 = 4      a b d e: 3 + 2 = 5      c f: 2 + 1 = 3                     ln 2 / 2 of it
+    """
+    x = boxsup_by_hand()
+    assert is_close(losses.regression_cost(**x) / LN2, [[7 / 3, 5 / 3, 2, 2], [2, 2, 1, 2]])
+    assert is_close(losses.regression_cost(**x, overlap="smaller") / LN2, [[7 / 3, 5 / 3, 2, 2], [2, 5 / 2, 3 / 2, 2]])
+
+
+def test_candidate_cost_by_hand():
+    """E_o + 3 E_r, the paper's lambda by default: 1/2 + 7 ln 2 = 5.352030, 5 ln 2 = 3.465736, ...; lambda = 1: 1/2 +
+    7/3 ln 2 = 2.117343, ...; before the first epoch E_o alone."""
+    x = boxsup_by_hand() | dict(candidate_boxes=CANDIDATE_BOXES)
+    assert is_close(losses.candidate_cost(**x), [[5.352030, 3.465736, 5.158883, 5.158883],
+                                                 [5.158883, 4.958883, 2.746108, 5.158883]])
+    assert is_close(losses.candidate_cost(**x, weight=1, overlap="smaller"),
+                    [[2.117343, 1.155245, 2.386294, 2.386294], [2.386294, 2.532868, 1.706387, 2.386294]])
+    assert is_close(losses.candidate_cost(**x | dict(logits=None)), [[1 / 2, 0, 1, 1], [1, 4 / 5, 2 / 3, 1]])
+
+
 def test_confusion_matrix_and_iou_by_hand():
     """truth 0 1 / 1 255, prediction 0 0 / 1 0: one background right, one of class 1 taken for background, one right;
     the unlabelled pixel counts nowhere. IoU: 0: 1 / (1 + 2 - 1) = 1/2;  1: 1 / (2 + 1 - 1) = 1/2;  2 does not occur.
@@ -216,7 +271,8 @@ def one_hot(labels, num_classes):
 def scene(seed=0, dtype=torch.float64):
     """Four pictures, L = 3. 0: overlapping boxes of classes 1 and 2, padding below; 1: boxes of 3 and 1, padding on the
     left; 2: no box; 3: wholly unlabelled. M is B less some pixels, more of class 1 where the boxes overlap, and
-    unlabelled at two pixels that B labels (VOC's object borders).
+    unlabelled at two pixels that B labels (VOC's object borders). For BoxSup, the logits of picture 0: 7 superpixels,
+    9 segments, one of them empty, 4 boxes, the second inside the first and the third across both.
     """
     g, h, w, d = seeded(seed), 5, 6, 4
     boxes = torch.zeros(4, h, w, dtype=torch.long)
@@ -228,13 +284,21 @@ def scene(seed=0, dtype=torch.float64):
     masks = torch.where(lost, 0, boxes)
     masks[0, 3, 3], masks[0, 1, 1], masks[1, 2, 1] = 1, 255, 255
     logits = 2 * torch.randn(4, 4, h, w, generator=g, dtype=torch.float64)
+    g2 = seeded(100 + seed)
+    members = torch.rand(9, 7, generator=g2) < 0.5
+    members[4] = False
+    corners = torch.rand(9, 2, 4, generator=g2).argsort(2)[:, :, :2].sort(2).values    # x0 < x1 and y0 < y1, of 0..3
     return SimpleNamespace(
         logits=logits.to(dtype),
         alpha=torch.rand(4, 3, h, w, generator=g, dtype=torch.float64).to(dtype),
         embeddings=torch.randn(4, d, h, w, generator=g, dtype=torch.float64).to(dtype),
         targets=torch.randn(4, 4, h, w, generator=g, dtype=torch.float64).softmax(1).to(dtype),
         box_labels=boxes, mask_labels=masks,
-        rates=torch.tensor([0.617, 0.283, 0.441]))
+        rates=torch.tensor([0.617, 0.283, 0.441]),
+        superpixels=torch.randint(7, (h, w), generator=g2), members=members,
+        candidate_boxes=corners.mT.flatten(1).to(dtype),
+        boxes=torch.tensor([[0, 0, 5, 4], [1, 1, 3, 3], [2, 2, 6, 5], [5, 0, 6, 1]], dtype=dtype),
+        classes=torch.tensor([1, 3, 2, 1]))
 
 
 # How each function is called on a scene. A new function in losses.py wants a line here: see test_pasted_alone.
@@ -253,6 +317,9 @@ CALLS = {
     "box2seg_loss": lambda f, x: f(x.logits, x.alpha, x.embeddings, x.box_labels, x.mask_labels, 5,
                                    generator=seeded(3))[0],
     "filling_rate_loss": lambda f, x: f(x.logits, x.box_labels, x.rates),
+    "overlap_cost": lambda f, x: f(x.boxes, x.candidate_boxes),
+    "regression_cost": lambda f, x: f(x.logits[0], x.superpixels, x.members, x.boxes, x.classes),
+    "candidate_cost": lambda f, x: f(x.logits[0], x.superpixels, x.members, x.candidate_boxes, x.boxes, x.classes),
     "confusion_matrix": lambda f, x: f(x.logits.argmax(1), x.mask_labels, 4),
     "iou": lambda f, x: f(losses.confusion_matrix(x.logits.argmax(1), x.mask_labels, 4)),
 }
@@ -401,8 +468,35 @@ def naive_filling_rate_loss(x):
     return naive_cross_entropy_loss(edit(x, box_labels=kept))
 
 
+def naive_overlap_cost(x):
+    def box_pixels(box):
+        x0, y0, x1, y1 = (int(v) for v in box)
+        return {(i, j) for i in range(y0, y1) for j in range(x0, x1)}
+    box_sets, segment_sets = ([box_pixels(b) for b in boxes.tolist()] for boxes in (x.boxes, x.candidate_boxes))
+    return [[1 - len(b & s) / len(b | s) for s in segment_sets] for b in box_sets]
+
+
+def naive_regression_cost(x):
+    log_y, costs = naive_log_y(x.logits)[0], []
+    boxes, ids, members = x.boxes.tolist(), x.superpixels.tolist(), x.members.tolist()
+    for k, c in enumerate(x.classes.tolist()):
+        mine = []
+        for i, row in enumerate(ids):
+            for j, _ in enumerate(row):
+                around = [m for m, (x0, y0, x1, y1) in enumerate(boxes) if x0 <= j < x1 and y0 <= i < y1]
+                if around == [k]:
+                    mine.append((i, j))
+        costs.append([share(sum(-log_y[i][j][c if segment[ids[i][j]] else 0] for i, j in mine), len(mine))
+                      for segment in members])
+    return costs
+
+
+def naive_candidate_cost(x):
+    return [[o + 3 * r for o, r in zip(*rows)] for rows in zip(naive_overlap_cost(x), naive_regression_cost(x))]
+
+
 NAIVE = {name: globals()["naive_" + name] for name in CALLS if "naive_" + name in globals()}
-# Eq. 10 and 11 have a section of their own (5), the metric too (7)
+# Eq. 10 and 11 have a section of their own (5), the metric too (8)
 assert set(CALLS) - set(NAIVE) == {"affinity_loss", "box2seg_loss", "confusion_matrix", "iou"}
 
 
@@ -1018,7 +1112,195 @@ def test_attention_margin_is_soft():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. The metric
+# 7. BoxSup's costs against a dense evaluation: every mask painted, every pixel looked at, in float64
+# ---------------------------------------------------------------------------------------------------------------------
+
+BOXES = {                                                                      # on a picture of 40 x 50 pixels
+    "apart": [[2, 3, 20, 30], [25, 5, 49, 39]],
+    "overlapping": [[25, 0, 35, 40], [20, 10, 50, 40], [2, 3, 30, 30]],        # the smallest, the largest, the other
+    "nested": [[5, 5, 40, 35], [10, 10, 20, 20], [12, 12, 15, 40]],
+    "twice the same": [[5, 5, 40, 35], [5, 5, 40, 35]],
+    "equal areas": [[5, 5, 15, 25], [0, 10, 20, 20]],
+    "whole picture": [[0, 0, 50, 40]],
+    "one in the whole picture": [[10, 10, 30, 30], [0, 0, 50, 40]],
+    "one pixel": [[49, 39, 50, 40]],
+    "none": [],
+}
+
+
+def boxsup_scene(boxes, height=40, width=50, R=60, N=40, seed=0):
+    """Superpixels of any shape, ids in no order; segments of few and of many, the first empty, the second all."""
+    g = seeded(seed)
+    cells = torch.rand(R, 2, generator=g) * torch.tensor([height, width])
+    y, x = torch.arange(height)[:, None, None], torch.arange(width)[None, :, None]
+    superpixels = ((y - cells[:, 0]).square() + (x - cells[:, 1]).square()).argmin(2)             # Voronoi
+    members = torch.rand(N, R, generator=g) < torch.rand(N, 1, generator=g)
+    members[0], members[1] = False, True
+    logits = 4 * torch.randn(5, height, width, generator=g, dtype=torch.float64)
+    return dict(logits=logits, superpixels=superpixels, members=members,
+                boxes=torch.tensor(boxes, dtype=torch.long).view(-1, 4), classes=torch.arange(len(boxes)) % 4 + 1)
+
+
+def dense_regression_cost(logits, superpixels, members, boxes, classes, overlap="out"):
+    """Eq. 3 as it reads: for each box and each mask a label map, its cross-entropy, the mean over the box's pixels."""
+    log_y, costs = logits.double().log_softmax(0), torch.zeros(len(boxes), len(members), dtype=torch.float64)
+    painted, count = torch.full(superpixels.shape, -1), torch.zeros(superpixels.shape)
+    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes.tolist()]
+    for k in sorted(range(len(boxes)), key=lambda k: -areas[k]):
+        x0, y0, x1, y1 = boxes[k].tolist()
+        painted[y0:y1, x0:x1] = k
+        count[y0:y1, x0:x1] += 1
+    for k, c in enumerate(classes.tolist()):
+        mine = (painted == k) & ((count == 1) if overlap == "out" else True)
+        for n, segment in enumerate(members):
+            mask = segment[superpixels]                                                           # (H, W)
+            labels = torch.where(mask, c, 0)
+            e = -log_y.gather(0, labels[None])[0]
+            costs[k, n] = e[mine].mean() if mine.any() else 0
+    return costs
+
+
+@pytest.mark.parametrize("overlap", ["out", "smaller"])
+@pytest.mark.parametrize("name", BOXES)
+def test_regression_cost_against_dense_evaluation(name, overlap):
+    x = boxsup_scene(BOXES[name])
+    expected = dense_regression_cost(**x, overlap=overlap)
+    costs = losses.regression_cost(**x, overlap=overlap)
+    assert costs.shape == (len(BOXES[name]), 40) and costs.dtype == torch.float64
+    assert torch.allclose(costs, expected, rtol=0, atol=1e-10)
+    costs = losses.regression_cost(**x | dict(logits=x["logits"].float()), overlap=overlap)
+    assert costs.dtype == torch.float32 and torch.allclose(costs.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_overlap_decides_for_nested_boxes():
+    """Boxes 1 and 2 of "nested": box 1 lies inside box 0 and has no pixel of its own, so by "out" it costs 0 with every
+    segment and Eq. 2 alone chooses; by "smaller" it has its own say. Elsewhere both ways agree."""
+    x = boxsup_scene(BOXES["nested"])
+    out, smaller = losses.regression_cost(**x), losses.regression_cost(**x, overlap="smaller")
+    assert (out[1] == 0).all() and smaller[1].std() > 0.01 and smaller[1].min() > 0
+    x = boxsup_scene(BOXES["apart"])
+    assert torch.equal(losses.regression_cost(**x), losses.regression_cost(**x, overlap="smaller"))
+
+
+def test_regression_cost_in_float32_at_full_size():
+    """375 x 500 pixels, all of them in one box: sums of 187,500 float32 keep the five decimals. Every tenth segment."""
+    x = boxsup_scene([[0, 0, 500, 375]], 375, 500, R=1700, N=200)
+    x["logits"] = x["logits"].float()
+    with Recorder() as recorder:
+        costs = losses.regression_cost(**x)
+    assert recorder.largest <= 5 * 375 * 500                               # nothing of segments x pixels, 37 million
+    x["members"] = x["members"][::10]
+    assert (costs[:, ::10].double() - dense_regression_cost(**x)).abs().max() < 1e-5
+
+
+def test_segments_differ_by_their_own_pixels_only():
+    """|B| (E_r(k, n) - E_r(k, empty)) is the sum over S in B of e(p, class k) - e(p, background), and that is the sum
+    of logit 0 less logit k: no other class, no other pixel, no constant on all logits tells one from another."""
+    x = boxsup_scene(BOXES["apart"])
+    costs = losses.regression_cost(**x)
+    for k, (x0, y0, x1, y1) in enumerate(x["boxes"].tolist()):
+        slope = (x["logits"][0] - x["logits"][k + 1])[y0:y1, x0:x1]
+        expected = torch.stack([slope[s[x["superpixels"]][y0:y1, x0:x1]].sum() for s in x["members"]]) / slope.numel()
+        assert torch.allclose(costs[k] - costs[k, 0], expected, rtol=0, atol=1e-10)
+
+    other = x["logits"] + torch.randn(40, 50, generator=seeded(1))                             # on all classes
+    assert torch.allclose(losses.regression_cost(**x | dict(logits=other)), costs, rtol=0, atol=1e-10)
+    other = x["logits"].clone()
+    other[3:] = torch.randn(2, 40, 50, generator=seeded(2))                                    # classes of no box
+    changed = losses.regression_cost(**x | dict(logits=other))
+    assert (changed - costs).abs().min() > 1e-4                                                # all alike
+    assert torch.allclose(changed - changed[:, :1], costs - costs[:, :1], rtol=0, atol=1e-10)
+    other = torch.where(dense_inside(x["boxes"]), x["logits"], 99.0)                           # outside the boxes
+    assert torch.equal(losses.regression_cost(**x | dict(logits=other)), costs)
+
+
+def dense_inside(boxes, height=40, width=50):
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes.tolist():
+        inside[y0:y1, x0:x1] = True
+    return inside
+
+
+def test_best_of_all_segments():
+    """Of all 2^8 unions of 8 superpixels, Eq. 3 is least for the one that takes each superpixel where the class beats
+    the background on the whole, and no other."""
+    every = torch.tensor([[n >> r & 1 for r in range(8)] for n in range(256)]).bool()
+    x = boxsup_scene([[0, 0, 50, 40]], R=8) | dict(members=every)
+    slope = x["logits"][0] - x["logits"][1]
+    gain = torch.stack([slope[x["superpixels"] == r].sum() for r in range(8)])
+    assert 0 < (gain < 0).sum() < 8 and gain.abs().min() > 1
+    best = losses.regression_cost(**x)[0].argmin()
+    assert torch.equal(every[best], gain < 0)
+
+
+def test_feedback_finds_the_object():
+    """Sect. 4.2: with E_o alone the segment whose tight box fits best is chosen; the network's say makes it the object.
+    A disc in a box of its size: the segments are the disc, its upper half, and the box less the disc."""
+    y, x = torch.meshgrid(torch.arange(20) - 9.5, torch.arange(20) - 9.5, indexing="ij")
+    disc = y.square() + x.square() < 64
+    superpixels = torch.where(disc, torch.where(y < 0, 0, 1), 2)
+    superpixels[(y.abs() > 8) | (x.abs() > 8)] = 3
+    members = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0]]).bool()
+    candidate_boxes = torch.tensor([[2, 2, 17, 17], [2, 2, 18, 10], [2, 2, 18, 18]])           # the disc's a little off
+    logits = torch.stack([torch.zeros(20, 20), torch.where(disc, 1.0, -1.0)])
+    arguments = superpixels, members, candidate_boxes, torch.tensor([[2, 2, 18, 18]]), torch.tensor([1])
+    assert losses.candidate_cost(None, *arguments)[0].tolist() == [1 - 225 / 256, 0.5, 0]
+    assert losses.candidate_cost(logits, *arguments).argmin(1).tolist() == [0]
+    assert losses.candidate_cost(logits, *arguments, weight=0).argmin(1).tolist() == [2]
+
+
+def test_names_of_superpixels_and_order_of_boxes_do_not_matter():
+    x = boxsup_scene(BOXES["overlapping"])
+    costs = losses.regression_cost(**x, overlap="smaller")
+    new = torch.randperm(60, generator=seeded(3))                                              # r is now new[r]
+    renamed = x | dict(superpixels=new[x["superpixels"]], members=x["members"][:, new.argsort()])
+    assert torch.allclose(losses.regression_cost(**renamed, overlap="smaller"), costs, rtol=0, atol=1e-12)
+    turned = x | dict(boxes=x["boxes"][[2, 0, 1]], classes=x["classes"][[2, 0, 1]])
+    assert torch.allclose(losses.regression_cost(**turned, overlap="smaller"), costs[[2, 0, 1]], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("box_dtype", [torch.int32, torch.int64, torch.float32, torch.float64])
+@pytest.mark.parametrize("segment_dtype", [torch.bool, torch.uint8, torch.float32, torch.float64])
+def test_boxsup_dtypes(box_dtype, segment_dtype):
+    """As an NPZ holds them, or made ready beforehand: the same costs."""
+    x = boxsup_scene(BOXES["overlapping"])
+    other = x | dict(boxes=x["boxes"].to(box_dtype), members=x["members"].to(segment_dtype),
+                     superpixels=x["superpixels"].int(), classes=x["classes"].to(torch.uint8))
+    assert torch.equal(losses.regression_cost(**other), losses.regression_cost(**x))
+    assert torch.allclose(losses.overlap_cost(other["boxes"], x["boxes"]).double(),
+                          losses.overlap_cost(x["boxes"].double(), x["boxes"]), rtol=0, atol=1e-7)
+
+
+def test_overlap_cost_of_large_boxes():
+    """100,000 pixels a side: the areas overflow an int32, and the cost stays within [0, 1]."""
+    large = torch.tensor([[0, 0, 100_000, 100_000], [50_000, 0, 100_000, 100_000], [7, 7, 77_777, 99_999]],
+                         dtype=torch.int32)
+    costs = losses.overlap_cost(large, large)
+    assert is_close(costs[0, :2], [0, 0.5]) and is_close(costs.diagonal(), [0, 0, 0])
+    assert costs.min() >= 0 and costs.max() <= 1
+
+
+def test_no_boxes_or_no_segments():
+    x, empty = boxsup_scene(BOXES["overlapping"]), torch.zeros(0, 4, dtype=torch.long)
+    none = x | dict(members=x["members"][:0])
+    assert losses.regression_cost(**none).shape == losses.candidate_cost(**none, candidate_boxes=empty).shape == (3, 0)
+    nobody = boxsup_scene([]) | dict(candidate_boxes=torch.zeros(40, 4, dtype=torch.long))
+    assert losses.candidate_cost(**nobody).shape == losses.candidate_cost(**nobody | dict(logits=None)).shape == (0, 40)
+    assert losses.overlap_cost(empty, empty).shape == (0, 0)
+    assert (losses.overlap_cost(x["boxes"], torch.zeros(2, 4, dtype=torch.long)) == 1).all()
+    assert (losses.overlap_cost(x["boxes"][:, [0, 1, 0, 1]], torch.zeros(2, 4, dtype=torch.long)) == 1).all()
+
+
+def test_regression_cost_refuses_what_it_would_misread():
+    x = boxsup_scene(BOXES["apart"])
+    with pytest.raises(ValueError, match=r"superpixels \(20, 50\) do not fit logits \(5, 40, 50\)"):
+        losses.regression_cost(**x | dict(superpixels=x["superpixels"][:20]))
+    with pytest.raises(ValueError, match="overlap 'both'"):
+        losses.regression_cost(**x, overlap="both")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. The metric
 # ---------------------------------------------------------------------------------------------------------------------
 
 def test_confusion_matrix_against_naive_loop():

@@ -1,7 +1,8 @@
 """
-model.py: parameter counts, shapes and modes, the sampling grid, weights files, checkpoints, predict.
+model.py: parameter counts, shapes and modes, the sampling grid, weights files, checkpoints, predict; BoxSup's VGG-16.
 
 Networks here are ResNet-18 of width 8 with a fresh start, on pictures of a few dozen pixels; counts are of ResNet-101.
+VGG-16 comes in one size only: the tests share one of each kind, and leave it as it is.
 """
 
 import re
@@ -17,7 +18,8 @@ import torchvision
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model
-from model import Box2SegNet, average_pool, format_report, load_matching, load_network, normalize, predict
+from model import (Box2SegNet, DeepLabVGG16, average_pool, format_report, load_encoder, load_matching, load_network,
+                   normalize, predict, thin_out_vgg16)
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +76,11 @@ def test_table_in_the_docstring():
     """Each row of the table at the head of model.py: parameters and output channels are the network's own."""
     with torch.device("meta"):
         network = Box2SegNet(21)
-    rows = re.findall(r"^    ([a-z]\w+(?:\.\w+)?) .* ([\d,]+)$", model.__doc__, re.M)
+    text = model.__doc__.split("DeepLabVGG16:")[0]
+    rows = re.findall(r"^    ([a-z]\w+(?:\.\w+)?) .* ([\d,]+)$", text, re.M)
     counts = {name: int(number.replace(",", "")) for name, number in rows}
     assert counts.pop("encoder.conv1") == count(network.encoder.conv1) + count(network.encoder.bn1)
-    totals = counts.pop("in"), int(re.search(r"([\d,]+), [\d,]+$", model.__doc__, re.M)[1].replace(",", ""))
+    totals = counts.pop("in"), int(re.search(r"([\d,]+), [\d,]+$", text, re.M)[1].replace(",", ""))
     assert totals == (count(network.plain()), count(network))
     assert counts == {name: count(network.get_submodule(name)) for name in counts}
     assert sorted(counts) == sorted([f"encoder.layer{i}" for i in (1, 2, 3, 4)]
@@ -371,7 +374,8 @@ def test_load_matching_leaves_the_rest():
     report = load_matching(new, old.state_dict())
     assert set(report["reshaped"]) == {f"{b}.3.{k}" for b in ("segmentation", "attention") for k in ("weight", "bias")}
     assert report["missing"] == [] and all(k.startswith("embedding.") for k in report["unexpected"])
-    assert torch.equal(new.segmentation[-1].weight, head) and torch.equal(new.fuse[0].weight, old.fuse[0].weight)
+    assert new.last_layer is new.segmentation[-1]
+    assert torch.equal(new.last_layer.weight, head) and torch.equal(new.fuse[0].weight, old.fuse[0].weight)
 
 
 def test_pretrained_takes_the_v1_weights(tmp_path, monkeypatch):
@@ -514,3 +518,281 @@ def test_predict_refuses_what_it_would_misread():
     for scales in ((), (1.0, 0.0), (-1,), (float("nan"),), (float("inf"),)):
         with pytest.raises(ValueError, match="above 0"):
             predict(network, image, scales=scales)
+
+
+# ---- BoxSup's VGG-16 ------------------------------------------------------------------------------------------------
+
+KINDS = {"4x4": False, "LargeFOV": True}                      # by large_fov
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(scope="module")
+def vgg():
+    """One network of each kind, 4 classes, logits that differ. No test changes them."""
+    torch.manual_seed(0)
+    networks = {kind: DeepLabVGG16(4, large_fov).eval() for kind, large_fov in KINDS.items()}
+    for network in networks.values():
+        network.last_layer.weight.data.mul_(3)
+    before = {kind: [p.double().sum().item() for p in network.parameters()] for kind, network in networks.items()}
+    yield networks
+    for kind, network in networks.items():
+        assert [p.double().sum().item() for p in network.parameters()] == before[kind] and not network.training
+
+
+def vgg16_state():
+    """A state dict of torchvision's vgg16 that knows its own places, and takes little room: channel numbers for the
+    biases, columns for classifier.0, rows and columns for classifier.3."""
+    torch.manual_seed(4)
+    state = {k: torch.randn(v.shape) for k, v in torchvision.models.vgg.make_layers(
+        torchvision.models.vgg.cfgs["D"], batch_norm=False).state_dict(prefix="features.").items()}
+    state["classifier.0.weight"] = torch.arange(25088.).expand(4096, -1)
+    state["classifier.3.weight"] = torch.arange(4096.)[:, None] + torch.arange(4096.) / 4096
+    state["classifier.6.weight"] = torch.zeros(1).expand(1000, 4096)
+    state |= {"classifier.0.bias": torch.arange(4096.), "classifier.3.bias": -torch.arange(4096.),
+              "classifier.6.bias": torch.zeros(1000)}
+    return state
+
+
+@each_kind
+def test_parameters_are_deeplabs(kind):
+    """Chen et al., ICLR 2015, table of fields of view, 21 classes: 65.1 M for the 4x4 kernel, 20.5 M for LargeFOV."""
+    with torch.device("meta"):
+        network = DeepLabVGG16(21, KINDS[kind])
+    assert count(network) == {"4x4": 65_140_565, "LargeFOV": 20_505_429}[kind]
+    assert round(count(network) / 1e5) == {"4x4": 651, "LargeFOV": 205}[kind]
+    assert network.arch == dict(network="DeepLabVGG16", num_classes=21, large_fov=KINDS[kind])
+    assert network.last_layer is network.fc8
+
+
+def test_vgg_table_in_the_docstring():
+    """Shapes at 321x321 and parameters, row by row, and the sums."""
+    with torch.device("meta"):
+        networks = [DeepLabVGG16(21, large_fov) for large_fov in (False, True)]
+        text, x, total = model.__doc__.split("DeepLabVGG16:")[1], torch.zeros(1, 3, 321, 321), 0
+        row = r"^    (\w+)(?:\.(\d+)-(\d+))? .* (\d+) x (\d+) x (\d+) +([\d,]+)(?: +([\d,]+))?$"
+        rows = re.findall(row, text, re.M)
+        assert len(rows) == 8 and rows[0][2] == "4" and rows[4][2] == str(len(networks[0].features) - 1)
+        for name, first, last, *numbers in rows:
+            shape, counts = [int(v) for v in numbers[:3]], [int(v.replace(",", "")) for v in numbers[3:] if v]
+            parts = [getattr(n, name)[int(first):int(last) + 1] if first else getattr(n, name) for n in networks]
+            assert [count(part) for part in parts][:len(counts)] == counts
+            x = parts[0](x)
+            assert list(x.shape[1:]) == shape
+            total += counts[0]
+    sums = re.search(r"20\.5 M +([\d,]+) +([\d,]+)$", text, re.M).groups()
+    assert [int(v.replace(",", "")) for v in sums] == [count(n) for n in networks] and total == count(networks[0])
+
+
+@pytest.mark.parametrize("height, width, h, w", [(1, 1, 1, 1), (8, 9, 1, 2), (33, 49, 5, 7), (64, 40, 8, 5)])
+@each_kind
+def test_vgg_any_size_stride_8(vgg, kind, height, width, h, w):
+    with torch.no_grad():
+        logits = vgg[kind](torch.randn(2, 3, height, width))
+    assert logits.shape == (2, 4, h, w) and logits.isfinite().all()
+
+
+def test_vgg_features_are_torchvisions(vgg):
+    """Up to the third pooling to the bit, on sides that are multiples of 8; behind it, its convolutions written out."""
+    theirs = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=False)
+    theirs.load_state_dict(vgg["4x4"].features.state_dict(), strict=True)        # the same names, all of them
+    x = torch.randn(1, 3, 32, 48)
+    with torch.no_grad():
+        expected = theirs[:17](x)
+        assert torch.equal(vgg["4x4"].features[:17](x), expected)
+        for i in (17, 19, 21):
+            expected = F.relu(F.conv2d(expected, theirs[i].weight, theirs[i].bias, padding=1))
+        expected = F.max_pool2d(expected, 3, 1, 1)
+        for i in (24, 26, 28):
+            expected = F.relu(F.conv2d(expected, theirs[i].weight, theirs[i].bias, padding=2, dilation=2))
+        expected = F.max_pool2d(expected, 3, 1, 1)
+        torch.testing.assert_close(vgg["4x4"].features(x), expected)
+
+
+@pytest.mark.parametrize("kind, seen", [("4x4", (-6, -2, 2, 6)), ("LargeFOV", (-12, 0, 12))])
+def test_holes_of_fc6(vgg, kind, seen):
+    """Each output cell looks at the 16, or 9, cells that many away, the same number on both sides."""
+    fc6, y, x = vgg[kind].fc6, seen[-1] + 1, seen[-1] + 2
+    spike = torch.zeros(1, 512, 2 * y + 1, 2 * x + 1)
+    spike[0, :, y, x] = 1
+    with torch.no_grad():
+        reached = (fc6(spike) - fc6(torch.zeros_like(spike)))[0].abs().amax(0) > 1e-3
+    assert reached.shape == spike.shape[2:]
+    assert reached.nonzero().tolist() == [[y - i, x - j] for i in reversed(seen) for j in reversed(seen)]
+    # and which weight sees which: the first row and column see what is above and to the left
+    with torch.no_grad():
+        torch.testing.assert_close(fc6(spike)[0, :, y - seen[0], x - seen[1]],
+                                   fc6.weight[:, :, 0, 1].sum(1) + fc6.bias, rtol=1e-3, atol=1e-4)
+
+
+@each_kind
+def test_cells_are_centred_on_their_pixels(vgg, kind):
+    """With kernels that are their own mirror image a mirrored picture has mirrored logits, to the cell: nothing leans
+    to one side, neither the poolings nor the 4x4 kernel."""
+    network, x = vgg[kind], torch.randn(1, 3, 24, 40)
+    mirror = {k: (p + p.flip(3) + p.flip(2) + p.flip(2, 3)) / 4 if p.ndim == 4 else p
+              for k, p in network.state_dict().items()}
+    with torch.no_grad():
+        logits = torch.func.functional_call(network, mirror, x)
+        for dims in ((3,), (2,)):
+            mirrored = torch.func.functional_call(network, mirror, x.flip(dims)).flip(dims)
+            assert logits.std() > 1e-4
+            torch.testing.assert_close(mirrored, logits, rtol=1e-3, atol=1e-3 * logits.abs().max().item())
+
+
+def test_tiny_pictures_leave_the_4x4_kernel_only_padding(vgg):
+    """As the docstring says: it looks two and six cells away, and never at its own, so it needs three cells a side."""
+    with torch.no_grad():
+        two, three = (vgg["4x4"](torch.randn(1, 3, side, side)) for side in (16, 17))
+    assert (two == vgg["4x4"](torch.zeros(1, 3, 16, 16))).all() and three.std() > 1e-4
+
+
+def test_vgg_dropout_and_gradients():
+    """Half of fc6's and fc7's outputs are dropped in training, none at test; every parameter is trained."""
+    network, x = DeepLabVGG16(3, large_fov=True).train(), torch.randn(1, 3, 33, 49)
+    seen = {}
+    network.fc7.register_forward_hook(lambda m, i, o: seen.update(fc7=i[0]))
+    network.fc8.register_forward_hook(lambda m, i, o: seen.update(fc8=i[0]))
+    one, two = network(x), network(x)
+    assert torch.is_tensor(one) and one.shape == (1, 3, 5, 7) and not torch.equal(one, two)
+    half = {name: (value == 0).double().mean().item() for name, value in seen.items()}
+    two.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+    network.eval()
+    with torch.no_grad():
+        assert torch.equal(network(x), network(x))
+    zeros = {name: (value == 0).double().mean().item() for name, value in seen.items()}
+    assert all((value >= 0).all() and 0.1 < zeros[name] < 0.9 for name, value in seen.items())          # ReLU's zeros
+    assert all(abs(half[name] - (1 + zeros[name]) / 2) < 0.02 for name in ("fc7", "fc8"))   # and half of what it leaves
+
+
+@pytest.mark.parametrize("width, size, channels, cells", [(4096, 4, range(4096), (0, 2, 4, 6)),
+                                                          (1024, 3, range(0, 4096, 4), (0, 3, 6))])
+def test_thinned_out_by_hand(width, size, channels, cells):
+    """classifier.0.weight[n, c * 49 + y * 7 + x] is weight n, c, y, x of a 7x7 convolution. Bytes, to save room."""
+    state = {"classifier.0.weight": torch.randint(256, (4096, 25088), dtype=torch.uint8),
+             "classifier.3.weight": torch.randint(256, (4096, 4096), dtype=torch.uint8),
+             "classifier.0.bias": torch.randn(4096), "classifier.3.bias": torch.randn(4096)}
+    thinned = thin_out_vgg16(state, width, size)
+    assert {k: tuple(v.shape) for k, v in thinned.items()} == {
+        "fc6.weight": (width, 512, size, size), "fc7.weight": (width, width, 1, 1), "fc6.bias": (width,),
+        "fc7.bias": (width,)}
+    for n in (0, 1, 2, width // 2 + 3, width - 1):
+        for y, row in enumerate(cells):
+            for x, column in enumerate(cells):
+                expected = torch.stack([state["classifier.0.weight"][channels[n], c * 49 + row * 7 + column]
+                                        for c in range(512)])
+                assert torch.equal(thinned["fc6.weight"][n, :, y, x], expected)
+        expected = torch.stack([state["classifier.3.weight"][channels[n], m] for m in channels])
+        assert torch.equal(thinned["fc7.weight"][n, :, 0, 0], expected)
+        for fc, classifier in (("fc6", "classifier.0"), ("fc7", "classifier.3")):
+            assert thinned[f"{fc}.bias"][n] == state[f"{classifier}.bias"][channels[n]]
+
+
+@each_kind
+def test_fc6_and_fc7_are_vggs_where_they_meet(kind):
+    """A 7x7 map seen by VGG's first fully connected layer, with weights that are 0 but at the positions kept, gives
+    what fc6 gives on a map that has the seven's cells where its holes are."""
+    large_fov = KINDS[kind]
+    cells, seen, width = ([0, 3, 6], [0, 12, 24], 1024) if large_fov else ([0, 2, 4, 6], [0, 4, 8, 12], 4096)
+    network = DeepLabVGG16(2, large_fov)
+    rows = torch.randn(8, 512, 7, 7)                          # 8 of the 4096 channels; the others are not looked at
+    kept = torch.zeros(8, 512, 7, 7)
+    kept[:, :, torch.tensor(cells)[:, None], cells] = rows[:, :, torch.tensor(cells)[:, None], cells]
+    weight = torch.zeros(1).expand(4096, 25088).clone()
+    weight[::4096 // 8] = kept.flatten(1)
+    state = thin_out_vgg16({"classifier.0.weight": weight, "classifier.0.bias": torch.zeros(4096)}, width, len(cells))
+    load_matching(network, state)
+    vgg_sees = torch.randn(512, 7, 7)
+    side = seen[-1] + 1
+    spread = torch.zeros(1, 512, side, side)
+    spread[0, :, torch.tensor(seen)[:, None], seen] = vgg_sees[:, torch.tensor(cells)[:, None], cells]
+    with torch.no_grad():
+        ours = network.fc6(spread)[0, :, side // 2, side // 2][::width // 8]
+    torch.testing.assert_close(ours, kept.flatten(1) @ vgg_sees.flatten(), rtol=1e-4, atol=1e-3)
+
+
+def test_vgg_weights_from_a_file(tmp_path):
+    state = vgg16_state()
+    torch.save(state, tmp_path / "vgg16.pth")
+    network = DeepLabVGG16(3, large_fov=True, weights=tmp_path / "vgg16.pth")
+    report = network.weights_report
+    assert report["missing"] == ["fc8.weight", "fc8.bias"] and report["unexpected"] == report["reshaped"] == []
+    assert set(report["not needed"]) == {"classifier.6.weight", "classifier.6.bias"}
+    assert len(report["loaded"]) == 30                        # 13 convolutions and two layers, weight and bias
+    own = network.state_dict()
+    assert all(torch.equal(own[k], v) for k, v in state.items() if k.startswith("features."))
+    assert torch.equal(own["fc6.bias"], torch.arange(0., 4096, 4))
+    assert torch.equal(own["fc7.bias"], -torch.arange(0., 4096, 4))
+    assert own["fc6.weight"][7, 2].tolist() == [[98 + 7 * y + x for x in (0, 3, 6)] for y in (0, 3, 6)]
+    assert own["fc7.weight"][3, 5].item() == 12 + 20 / 4096
+    assert format_report(report).splitlines()[0].endswith(
+        "vgg16.pth: 30 loaded, 2 missing, 0 unexpected, 0 reshaped, 2 not needed")
+
+
+def test_partial_vgg_weights_are_reported_key_by_key(tmp_path):
+    state = {k: v for k, v in vgg16_state().items() if k.startswith(("features.0.", "features.2.", "classifier.3."))}
+    state["classifier.0.weight"] = torch.zeros(4096, 7)
+    state["features.0.weight"] = torch.zeros(64, 1, 3, 3)
+    state["extra"] = torch.zeros(2)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "partial.pth")
+    network = DeepLabVGG16(3, large_fov=True, weights=tmp_path / "partial.pth")
+    report = network.weights_report
+    assert report["loaded"] == ["features.0.bias", "features.2.weight", "features.2.bias", "fc7.weight", "fc7.bias"]
+    assert set(report["reshaped"]) == {"features.0.weight", "fc6.weight"}
+    assert report["unexpected"] == ["extra"] and report["not needed"] == []
+    assert set(report["missing"]) == {k for k in network.state_dict() if k not in report["loaded"] + report["reshaped"]}
+    assert network.features[0].weight.any() and network.fc6.weight.any()
+
+
+def test_vgg_weights_that_cannot_be_used(tmp_path, vgg):
+    torch.save(resnet18_weights(), tmp_path / "resnet.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "resnet.pth").read_bytes()[:100_000])
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"features.0.weight": "no tensor", 3: 4, "classifier.0.weight": None}, tmp_path / "other.pth")
+    for name, reason in (("cut", "not a readable"), ("list", "no state dict but a list"), ("absent", "no such file"),
+                         ("other", "none of its 3 entries fits vgg16.*features.0.weight"),
+                         ("resnet", "none of its 122 entries fits vgg16")):
+        with pytest.raises(ValueError, match=reason) as caught:
+            load_encoder(vgg["4x4"], tmp_path / f"{name}.pth", "vgg16")
+        message = str(caught.value)
+        assert f"{name}.pth" in message and "torchvision's vgg16" in message and "\n" not in message
+    with pytest.raises(ValueError, match="absent.pth: no such file"):
+        DeepLabVGG16(3, large_fov=True, weights=tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="at least 2"):
+        DeepLabVGG16(1)
+
+
+def test_vgg_pretrained_takes_the_v1_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    state, url = vgg16_state(), torchvision.models.VGG16_Weights.IMAGENET1K_V1.url
+    torch.save(state, folder / url.rsplit("/", 1)[1])
+    network = DeepLabVGG16(3, pretrained=True)
+    assert torch.equal(network.features[28].weight, state["features.28.weight"])
+    assert network.fc6.weight[7, 2].tolist() == [[98 + 7 * y + x for x in (0, 2, 4, 6)] for y in (0, 2, 4, 6)]
+    assert torch.equal(network.fc6.bias, torch.arange(4096.)) and network.fc7.weight[3, 5].item() == 3 + 5 / 4096
+    assert network.fc8.weight.any() and network.weights_report is None
+
+    def unreachable(*_, **__):
+        raise OSError("name resolution failed")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "nothing"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(ValueError, match=r"cannot get https://.*vgg16.*name resolution failed.*give the file"):
+        DeepLabVGG16(3, large_fov=True, pretrained=True)
+
+
+def test_vgg_checkpoint_and_predict(tmp_path, vgg):
+    network, image, names = vgg["LargeFOV"], picture(37, 52), list("abcd")
+    torch.save({"model": network.state_dict(), "arch": network.arch, "class_names": names}, tmp_path / "last.pt")
+    loaded, _ = load_network(tmp_path / "last.pt")
+    assert isinstance(loaded, DeepLabVGG16) and loaded.arch == network.arch and not loaded.training
+    p = predict(loaded.train(), image, scales=(0.8, 1.0), flip=True)
+    assert loaded.training and p.shape == (4, 37, 52) and p.std() > 1e-3
+    torch.testing.assert_close(p.sum(0), torch.ones(37, 52))
+    assert torch.equal(p, predict(network, image, scales=(0.8, 1.0), flip=True))
+    other = {"model": network.state_dict(), "arch": {**network.arch, "large_fov": False}, "class_names": names}
+    torch.save(other, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="other.pt: .*train_boxsup.py") as caught:
+        load_network(tmp_path / "other.pt")
+    assert "\n" not in str(caught.value)
