@@ -9,12 +9,18 @@ images are counted in one table of truth against prediction, at the images' own 
 Run:    python evaluate.py --data VOCdevkit --checkpoint runs/box2seg/best.pt
         python evaluate.py --data VOCdevkit --labels VOCdevkit/VOC2012/GrabCutMasks     (the row GrabCut-NoTrain-GT)
         python evaluate.py --checkpoint runs/box2seg/best.pt --images holiday --out holiday_labels
+        python evaluate.py --checkpoint runs/box2seg/last.pt --trimap-plot fig4.png             (BoxSup's Fig. 4)
+        python evaluate.py --checkpoint runs/box2seg/last.pt --attention fig4 --affinity fig5   (Box2Seg's Fig. 4, 5)
+        python evaluate.py --labels VOCdevkit/VOC2012/BoxMasks --against VOCdevkit/VOC2012/GrabCutMasks
 Reads:  VOC2012/JPEGImages/<id>.jpg, and the truth SegmentationClass/<id>.png (SegmentationClassAug where it has none)
         for the ids of ImageSets/Segmentation/val.txt (--split, --list); class_names.txt where there is one;
         a checkpoint of train_box2seg.py, or label PNGs: 8-bit palette PNG, class index per pixel, the image's size
 Writes: the table, to the terminal. If asked: --json FILE, {"miou": 0..1, "iou": {name: 0..1, or null for a class that
         the truth lacks}, "images": n, "classes_present": k, "pixel_accuracy": 0..1, "failed": [ids]};
-        --save-png DIR, a label PNG per id; --pictures DIR, <id>.png strips and all of them in sheet.png;
+        with --trimap also "trimap": {"widths": [pixels], "boundary", "interior": [mIoU 0..1, null: no pixel there],
+        "interior_classes": [how many are left there], "share": [of the pixels, in the band, 0..1]};
+        --trimap-plot FILE; --save-png DIR, a label PNG per id; --pictures DIR, --attention DIR, --affinity DIR,
+        <id>.png strips and all of them in sheet.png;
         with --images, a label PNG per picture and the picture under its labels in overlay/, below --out
 Expect: the paper's Box2Seg reaches 74.9 (Table 3), its GrabCut labels on the annotated boxes 71.6 (Sect. 4.2).
         Exit status 0; 1 if single images could not be read, they are listed and left out; 2 if nothing could be done.
@@ -33,10 +39,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from losses import confusion_matrix, iou
+from losses import affinity, confusion_matrix, iou
 from model import load_network, normalize, predict
 
-# ==== shared block "VOC on disk": equal to the byte in grabcut_labels.py and evaluate.py
+# ==== shared block "VOC on disk": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
                "person pottedplant sheep sofa train tvmonitor").split()
 
@@ -74,7 +80,7 @@ def read_list(path):
 # ==== end of shared block
 
 
-# ==== shared block "pictures and labels": equal to the byte in grabcut_labels.py and evaluate.py
+# ==== shared block "pictures and labels": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
 def voc_palette():
     """VOC's colours, (256, 3) uint8: bits 0, 1, 2 of the index give the high bit of R, G, B, bits 3, 4, 5 the next."""
     bits = [[(np.arange(256) >> (3 * k + c) & 1) << (7 - k) for k in range(3)] for c in range(3)]
@@ -170,8 +176,10 @@ def image_path(voc, name):
     return voc / "JPEGImages" / f"{name}.jpg"
 
 
-def truth_path(voc, name):
-    """The official mask; for SBD's extra images, which have none, the one in SegmentationClassAug."""
+def truth_path(voc, name, against=None):
+    """The official mask; that in SegmentationClassAug for SBD's extra images, which have none; or --against's label."""
+    if against:
+        return against / f"{name}.png"
     official, extra = (voc / folder / f"{name}.png" for folder in ("SegmentationClass", "SegmentationClassAug"))
     return extra if extra.is_file() and not official.is_file() else official
 
@@ -215,6 +223,55 @@ def table(result):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# the trimap of BoxSup's error analysis (Sect. 5.1, Fig. 4): does a network err at the borders of objects, or within?
+
+# PAPER SILENT: the band widths of BoxSup's Fig. 4, whose axis we cannot read, and whether a width counts one side of
+# the boundary or both; these, in pixels to either side; up to the 40 of DeepLab's analysis, which BoxSup follows.
+WIDTHS = (2, 4, 8, 16, 24, 32, 40)
+
+
+def boundary_distance(truth):
+    """(H, W) labels -> (H, W) float32, pixels to the nearest one of another label: 1 at a boundary, inf: no other."""
+    # PAPER SILENT: where a boundary lies in BoxSup's trimap, since VOC's truth has a rim of 255 between object and
+    # background; 255 is a label like others here, so bands start on both sides of the rim, and where a mask has no rim,
+    # between the two classes; small bands that started in the middle of the rim would hold no scored pixel.
+    distance = np.full(truth.shape, np.inf, np.float32)
+    for c in np.unique(truth):
+        here = truth == c
+        if not here.all():                              # the picture's own edge is no boundary
+            inside = cv2.distanceTransform(here.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+            distance[here] = inside[here]
+    return distance
+
+
+def trimap_scores(confusion, bands):
+    """Confusion matrix of all pixels, and {width: that of its band} -> what --json holds under "trimap"."""
+    miou = lambda matrix: None if (value := iou(matrix).nanmean().item()) != value else value       # nan: no pixel
+    interiors = [confusion - band for band in bands.values()]                       # all that the band leaves
+    return {"widths": list(bands), "boundary": [miou(band) for band in bands.values()],
+            "interior": [miou(interior) for interior in interiors],
+            "interior_classes": [int((interior.sum(1) > 0).sum()) for interior in interiors],
+            "share": [(band.sum() / confusion.sum()).item() for band in bands.values()]}
+
+
+def trimap_table(trimap):
+    percent = lambda values: ["-" if value is None else f"{100 * value:.1f}" for value in values]
+    rows = [("band, pixels each side", trimap["widths"]), ("in the band, % of pixels", percent(trimap["share"])),
+            ("boundary mIoU", percent(trimap["boundary"])), ("interior mIoU", percent(trimap["interior"])),
+            ("over so many classes", trimap["interior_classes"])]
+    return "\n".join(f"{title:24}" + "".join(f"{cell:>7}" for cell in cells) for title, cells in rows)
+
+
+def read_trimap(path):
+    """The trimap scores in a file that --json wrote."""
+    try:
+        trimap = json.loads(path.read_text())["trimap"]
+        return {key: trimap[key] for key in ("widths", "boundary", "interior")}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise BadInput(f"{path}: holds no trimap scores: write it with evaluate.py --trimap --json {path}") from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # pictures
 
 PANEL = 240                                             # height of a panel in pixels
@@ -236,12 +293,14 @@ def overlay(image, labels):
     return ((1 - strength) * 0.6 * grey(image) + strength * colour_of(labels)).round().astype(np.uint8)
 
 
+def classes_in(*labels):
+    return set(np.concatenate([one.ravel() for one in labels]).tolist()) - {0, 255}
+
+
 def attention_of(network, image, args):
-    """alpha (Sect. 3.2) at the image's own resolution: (L, H, W) numpy, class c at c - 1. None without that branch."""
+    """alpha (Sect. 3.2) at the image's own resolution: (L, H, W) numpy, class c at c - 1."""
     with torch.inference_mode(), autocast(args):
         _, logits, _ = network.branches(normalize(torch.from_numpy(image)[None].to(args.device)))
-        if logits is None:
-            return None
         logits = F.interpolate(logits.float(), image.shape[:2], mode="bilinear", align_corners=False)
         return logits[0].sigmoid().cpu().numpy()
 
@@ -253,10 +312,14 @@ def attention_overlay(image, alpha, truth, boxes):
     boxes too, where the box labels are at hand.
     """
     picture = 0.35 * grey(image)
-    for c in sorted(set(np.unique(truth).tolist()) - {0, 255}):
+    for c in sorted(classes_in(truth)):
         strength = alpha[c - 1] if boxes is None else alpha[c - 1] * (boxes == c)
         picture += strength[..., None] * (colour_of(c) - picture)
     return picture.round().astype(np.uint8)
+
+
+def write(picture, words, x, y, colour=INK, size=0.5):
+    cv2.putText(picture, words, (round(x), round(y)), cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
 
 
 def captioned(image, caption):
@@ -265,8 +328,14 @@ def captioned(image, caption):
     shrinks = image.shape[0] > PANEL
     image = cv2.resize(image, (width, PANEL), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     bar = np.full((26, width, 3), PAPER, np.uint8)
-    cv2.putText(bar, caption, (2, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, INK, 1, cv2.LINE_AA)
+    (w, _), _ = cv2.getTextSize(caption, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)
+    write(bar, caption, 2, 18, size=0.5 * min(1, (width - 4) / w))
     return cv2.copyMakeBorder(np.vstack([bar, image]), 0, 4, 2, 2, cv2.BORDER_CONSTANT, value=PAPER)
+
+
+def side_by_side(pictures):
+    """{caption: picture} -> (h, w, 3) uint8 RGB."""
+    return np.hstack([captioned(picture, caption) for caption, picture in pictures.items()])
 
 
 def legend(present, names, width):
@@ -278,9 +347,30 @@ def legend(present, names, width):
             rows.append(np.full((26, width, 3), PAPER, np.uint8))
             x = 4
         cv2.rectangle(rows[-1], (x, 5), (x + 16, 19), colour_of(c).tolist(), cv2.FILLED)
-        cv2.putText(rows[-1], names[c], (x + 22, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, INK, 1, cv2.LINE_AA)
+        write(rows[-1], names[c], x + 22, 18)
         x += w + 40
     return np.vstack(rows) if rows else np.empty((0, width, 3), np.uint8)
+
+
+def heat(image, values):
+    """values (H, W) in 0..1 as colours, blue to red, over the picture in grey: (H, W, 3) uint8 RGB."""
+    colours = cv2.applyColorMap((255 * values.clip(0, 1)).round().astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
+    return (0.45 * grey(image) + 0.55 * colours).round().astype(np.uint8)
+
+
+def with_legend(panels, present, names, scale=None):
+    """Panels above the names of the classes in them, and above what the colours of heat() mean, if scale says it."""
+    width = panels.shape[1]
+    bar = np.full((26 if scale else 0, width, 3), PAPER, np.uint8)
+    if scale:
+        bar[5:20, 20:180] = heat(np.full((15, 160, 3), 128), np.tile(np.linspace(0, 1, 160), (15, 1)))
+        for x, words in ((4, "0"), (186, "1"), (210, scale)):
+            write(bar, words, x, 18)
+    return np.vstack([panels, legend(present, names, width), bar])
+
+
+def widened(picture, width):
+    return cv2.copyMakeBorder(picture, 0, 0, 0, width - picture.shape[1], cv2.BORDER_CONSTANT, value=PAPER)
 
 
 def save_picture(path, image):
@@ -290,44 +380,146 @@ def save_picture(path, image):
     os.replace(temporary, path)
 
 
-def strip(voc, name, prediction, mean_iou, network, names, args):
-    """One image's panels side by side, each under its caption: (h, w, 3) uint8 RGB; and which classes occur in it."""
-    image = read_image(image_path(voc, name))
-    truth = read_label(truth_path(voc, name), image.shape[:2], len(names))
-    labels = {"truth": truth}
-    for folder, caption in (("BoxMasks", "boxes"), ("GrabCutMasks", "GrabCut")):
-        path = (args.noisy_labels or voc) / folder / f"{name}.png"
-        if path.is_file():                              # grabcut_labels.py makes them for the list it is given
-            labels[caption] = read_label(path, image.shape[:2], len(names))
-    labels[f"prediction: mIoU {100 * mean_iou:.1f}"] = prediction
-    panels = [captioned(image, name)] + [captioned(overlay(image, one), caption) for caption, one in labels.items()]
-    alpha = attention_of(network, image, args) if network else None
-    if alpha is not None:
-        panels.append(captioned(attention_overlay(image, alpha, truth, labels.get("boxes")), "attention"))
-    present = set(np.concatenate([one.ravel() for one in labels.values()]).tolist()) - {0, 255}
-    return np.hstack(panels), present
+# Three kinds of strips. Each: image (H, W, 3); labels {"truth", "boxes", "GrabCut": (H, W), those at hand}; prediction
+# (H, W) -> {caption: (H, W, 3) uint8 RGB}, what is drawn beside the image; and the classes in it, for the legend.
+
+def comparison_strip(image, labels, prediction, network, names, args):
+    """Box2Seg's Fig. 1, 6, 8: truth | B | M | prediction | attention."""
+    labels = {**labels, args.labels.name if args.labels else "prediction": prediction}
+    pictures = {caption: overlay(image, one) for caption, one in labels.items()}
+    if getattr(network, "attention", None):
+        alpha = attention_of(network, image, args)
+        pictures["attention"] = attention_overlay(image, alpha, labels["truth"], labels.get("boxes"))
+    return pictures, classes_in(*labels.values())
+
+
+def attention_strip(image, labels, prediction, network, names, args):
+    """Box2Seg's Fig. 4: truth | M in its boxes | alpha of each class that occurs in them."""
+    alpha, present = attention_of(network, image, args), classes_in(*labels.values())       # (L, H, W)
+    boxes = labels.get("boxes", np.zeros_like(prediction))
+
+    def outlined(picture, c):                           # B as it is painted: a smaller box cuts into a larger one
+        outlines, _ = cv2.findContours((boxes == c).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+        return cv2.drawContours(picture, outlines, -1, colour_of(c).tolist(), max(1, round(image.shape[0] / PANEL)))
+
+    pictures = {caption: overlay(image, one) for caption, one in labels.items() if caption != "boxes"}
+    for c in sorted(present):
+        if "GrabCut" in pictures:
+            outlined(pictures["GrabCut"], c)
+        pictures[f"attention: {names[c]}"] = outlined(heat(image, alpha[c - 1]), c)
+    return pictures, present
+
+
+def affinity_strip(image, labels, prediction, network, names, args):
+    """Box2Seg's Fig. 5: prediction, two pixels marked | A (Eq. 9) of one with all pixels | A of the other."""
+    H, W = prediction.shape
+    if args.pixels:
+        pixels = args.pixels[:2], args.pixels[2:]
+        if not all(0 <= x < W and 0 <= y < H for x, y in pixels):
+            raise BadInput(f"--pixels {' '.join(map(str, args.pixels))}: not in an image of {W}x{H}: choose others")
+    else:                                               # deepest in the largest class, and in the background
+        depth = boundary_distance(np.pad(prediction, 1, constant_values=255))[1:-1, 1:-1]
+        largest = max(classes_in(prediction), key=lambda c: (prediction == c).sum(), default=0)
+        deepest = lambda c: np.argwhere((prediction == c) & (depth == depth[prediction == c].max()))[0, ::-1].tolist()
+        pixels = deepest(largest), deepest(prediction.min())
+    with torch.inference_mode(), autocast(args):
+        _, _, beta = network.branches(normalize(torch.from_numpy(image)[None].to(args.device)))     # (1, d, h, w)
+        h, w = beta.shape[2:]
+        marked = torch.stack([beta[0, :, y * h // H, x * w // W] for x, y in pixels])               # (2, d)
+        A = affinity(marked, beta[0].flatten(1).T).view(1, 2, h, w)
+        A = F.interpolate(A, (H, W), mode="bilinear", align_corners=False)[0].cpu().numpy()         # (2, H, W)
+
+    pictures = {"prediction": overlay(image, prediction)}
+    size = max(10, round(16 * H / PANEL))
+    for pixel, values, colour, word in zip(pixels, A, ((170, 0, 255), (0, 220, 0)), ("purple", "green")):
+        pictures[f"affinity to {word}"] = heat(image, values)
+        for picture in (pictures["prediction"], pictures[f"affinity to {word}"]):
+            cv2.drawMarker(picture, pixel, PAPER, cv2.MARKER_CROSS, size, size // 4 + 2)
+            cv2.drawMarker(picture, pixel, colour, cv2.MARKER_CROSS, size, size // 4)
+    return pictures, classes_in(prediction)
 
 
 def save_pictures(voc, per_image, predicted, network, names, args):
-    """--pictures: a strip for each of --num-pictures images, and all of them in sheet.png."""
+    """--pictures, --attention, --affinity: a strip for each of --num-pictures images, and all of them in sheet.png."""
     ids = [name for name in per_image if not math.isnan(per_image[name])]           # nan: no truth but 255
     count = min(args.num_pictures, len(ids))
-    if args.worst:
-        chosen = sorted(ids, key=per_image.get)[:count]
-    else:                                               # evenly spread over the list
-        chosen = [ids[i * len(ids) // count] for i in range(count)]
-    strips, everything = [], set()
-    args.pictures.mkdir(parents=True, exist_ok=True)
-    for name in chosen:
-        panels, present = strip(voc, name, predicted(name)[1], per_image[name], network, names, args)
-        save_picture(args.pictures / f"{name}.png", np.vstack([panels, legend(present, names, panels.shape[1])]))
-        strips.append(panels)
-        everything |= present
-    width = max(panels.shape[1] for panels in strips)
-    strips = [cv2.copyMakeBorder(panels, 0, 0, 0, width - panels.shape[1], cv2.BORDER_CONSTANT, value=PAPER)
-              for panels in strips]
-    save_picture(args.pictures / "sheet.png", np.vstack([*strips, legend(everything, names, width)]))
-    print(f"{count} pictures in {args.pictures}, all of them in sheet.png")
+    chosen = [ids[i * len(ids) // count] for i in range(count)]                     # evenly spread over the list
+    if args.best or args.worst:
+        ranked = sorted(ids, key=per_image.get)
+        chosen = list(dict.fromkeys(args.best * ranked[::-1][:count] + args.worst * ranked[:count]))
+
+    for folder, strip, scale in (
+            (args.pictures, comparison_strip, None),
+            (args.attention, attention_strip, "attention; Eq. 3 uses it only in the boxes of its class (outlined)"),
+            (args.affinity, affinity_strip, "affinity to the marked pixel (Eq. 9), below 0 as 0")):
+        if not folder:
+            continue
+        strips, everything = [], set()
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in chosen:
+            image = read_image(image_path(voc, name))
+            prediction, size = predicted(name)[1], image.shape[:2]
+            against = args.against.name if args.against else "truth"
+            labels = {against: read_label(truth_path(voc, name, args.against), size, len(names))}
+            for kind, caption in (("BoxMasks", "boxes"), ("GrabCutMasks", "GrabCut")):
+                path = (args.noisy_labels or voc) / kind / f"{name}.png"
+                if path.is_file():                      # grabcut_labels.py makes them for the list it is given
+                    labels[caption] = read_label(path, size, len(names))
+            pictures, present = strip(image, labels, prediction, network, names, args)
+            strips.append(side_by_side({f"{name}: mIoU {100 * per_image[name]:.1f}": image, **pictures}))
+            save_picture(folder / f"{name}.png", with_legend(strips[-1], present, names, scale))
+            everything |= present
+        width = max(one.shape[1] for one in strips)
+        sheet = np.vstack([widened(one, width) for one in strips])
+        save_picture(folder / "sheet.png", with_legend(sheet, everything, names, scale))
+        print(f"{len(chosen)} pictures in {folder}, all of them in sheet.png")
+
+
+CURVES = (40, 80, 220), (215, 40, 40), (30, 150, 60), (230, 140, 0), (140, 60, 180)     # Fig. 4: blue, red
+
+
+def draw_trimap(runs, width):
+    """BoxSup's Fig. 4, bottom: {name: trimap scores} -> a plot of mIoU over band width, (420, width, 3) uint8 RGB."""
+    canvas = np.full((420, width, 3), PAPER, np.uint8)
+    left, right, top, bottom = 60, width - 20, 36 + 22 * len(runs), 360
+    scores = [100 * value for run in runs.values() for value in run["boundary"] + run["interior"] if value is not None]
+    low = min(90, math.floor(min(scores) / 10) * 10)
+    high = max(low + 10, math.ceil(max(scores) / 10) * 10)
+    widths = sorted({w for run in runs.values() for w in run["widths"]})
+    x_of = lambda w: left + w / widths[-1] * (right - left)
+    y_of = lambda percent: bottom - (percent - low) / (high - low) * (bottom - top)
+    for percent in range(low, high + 1, 10):
+        cv2.line(canvas, (left, round(y_of(percent))), (right, round(y_of(percent))), (220, 220, 220))
+        write(canvas, f"{percent:3}", left - 36, y_of(percent) + 5)
+    for w in widths:
+        write(canvas, str(w), x_of(w) - 5 * len(str(w)), bottom + 22)
+    write(canvas, "band width, pixels to either side of the boundary", left, bottom + 46)
+    write(canvas, "mIoU in %.  Solid: interior.  Dashed: boundary.", left, 20)
+    for number, (name, run) in enumerate(runs.items()):
+        colour = CURVES[number % len(CURVES)]
+        write(canvas, name, left, 42 + 22 * number, colour)
+        for key, every in (("interior", 1), ("boundary", 2)):
+            points = [(x_of(w), y_of(100 * value)) for w, value in zip(run["widths"], run[key]) if value is not None]
+            for x, y in points:
+                cv2.circle(canvas, (round(x), round(y)), 3, colour, cv2.FILLED, cv2.LINE_AA)
+            if len(points) > 1:
+                x = np.arange(points[0][0], points[-1][0] + 1, 5)                   # pieces of 5 pixels
+                pieces = np.stack([x, np.interp(x, *zip(*points))], 1).round().astype(int).tolist()
+                for i in range(0, len(pieces) - 1, every):                          # dashed: every other one
+                    cv2.line(canvas, pieces[i], pieces[i + 1], colour, 2, cv2.LINE_AA)
+    return canvas
+
+
+def trimap_picture(voc, name, runs, args):
+    """BoxSup's Fig. 4: image | truth | boundary | interior, at the middle one of the widths; below it the plot."""
+    image = read_image(image_path(voc, name))
+    truth = read_label(truth_path(voc, name, args.against), image.shape[:2])
+    w, white = args.trimap[len(args.trimap) // 2], np.full_like(image, 255)
+    near, scored = (boundary_distance(truth) <= w)[..., None], (truth != 255)[..., None]
+    row = side_by_side({name: image, "truth": overlay(image, truth), f"boundary: {w} pixels": white * near * scored,
+                        "interior": white * ~near * scored})
+    width = max(800, row.shape[1])
+    return np.vstack([widened(row, width), draw_trimap(runs, width)])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -348,31 +540,44 @@ def evaluate(args):
     """Predictions of a network, or label PNGs, against a list's truth: prints the table, returns the exit status."""
     voc = find_voc(args.data)
     names = class_names(voc)
-    ids = read_list(args.list or voc / "ImageSets" / "Segmentation" / f"{args.split}.txt")
+    if args.against and not args.split and not args.list:
+        ids = sorted(path.stem for path in args.labels.glob("*.png") if (args.against / path.name).is_file())
+        if not ids:
+            raise BadInput(f"{args.labels} and {args.against} have no PNG of one name: give folders of label PNGs")
+    else:
+        ids = read_list(args.list or voc / "ImageSets" / "Segmentation" / f"{args.split or 'val'}.txt")
+    others = {"/".join(path.parts[-2:]): read_trimap(path) for path in args.trimap_add}
     network = None
     if args.checkpoint:
         network, trained = load_checkpoint(args.checkpoint, args.device)
+        for wanted, branch in ((args.attention, "attention"), (args.affinity, "embedding")):
+            if wanted and not getattr(network, branch, None):
+                raise BadInput(f"{args.checkpoint}: its network has no {branch} branch to draw: give one that "
+                               "train_box2seg.py --loss box2seg has trained")
         if trained != names:
             raise BadInput(f"{args.checkpoint}: trained on {len(trained)} classes ({' '.join(trained)}), but {voc} has "
                            f"{len(names)} ({' '.join(names)}): give the data it was trained on")
         require([image_path(voc, name) for name in ids], "image")
     else:
         require([args.labels / f"{name}.png" for name in ids], "label")
-    require([truth_path(voc, name) for name in ids], "truth")
+    require([truth_path(voc, name, args.against) for name in ids], "label" if args.against else "truth")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
     if args.save_png:
-        make_output_folder(args.save_png, args.labels, voc / "SegmentationClass", voc / "SegmentationClassAug")
+        make_output_folder(args.save_png, args.labels, voc / "SegmentationClass", voc / "SegmentationClassAug",
+                           args.against)
 
     def predicted(name):                                                            # truth, prediction: (H, W) uint8
         if network is None:
-            truth = read_label(truth_path(voc, name), None, len(names))
-            return truth, read_prediction(args.labels / f"{name}.png", truth.shape, len(names))
+            truth = read_label(truth_path(voc, name, args.against), None, len(names))
+            read = read_label if args.against else read_prediction
+            return truth, read(args.labels / f"{name}.png", truth.shape, len(names))
         image = read_image(image_path(voc, name))
         truth = read_label(truth_path(voc, name), image.shape[:2], len(names))
         return truth, predict_labels(network, image, args)
 
     confusion = torch.zeros(len(names), len(names), dtype=torch.int64)              # rows the truth
+    bands = {w: torch.zeros_like(confusion) for w in args.trimap}                   # the same inside each band
     per_image, failed = {}, []                                                      # mIoU of each; ids
     for name in tqdm(ids, desc="evaluate", unit="img", disable=None):
         try:
@@ -383,22 +588,34 @@ def evaluate(args):
             report(error)
             failed.append(name)
             continue
-        one = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(truth), len(names))
+        scored = np.where(prediction == 255, 255, truth)    # 255 in one of two label folders leaves a pixel out as well
+        one = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(scored), len(names))
         confusion += one
         per_image[name] = iou(one).nanmean().item()
+        distance = boundary_distance(truth) if bands else None
+        for w, band in bands.items():
+            near = distance <= w
+            band += confusion_matrix(torch.from_numpy(prediction[near]), torch.from_numpy(scored[near]), len(names))
         if args.save_png:
             write_label(args.save_png / f"{name}.png", prediction)
     if confusion.sum() == 0:
-        raise BadInput(f"{args.list or args.split}: no pixel with a truth in {len(ids)} images: nothing to score")
+        raise BadInput(f"no pixel with a truth in the {len(ids)} images from {ids[0]} to {ids[-1]}: nothing to score")
 
     result = {**score(confusion, names), "images": len(per_image), "failed": failed}
-    print(table(result))
+    text = table(result)
+    print(text.replace("pixel accuracy", "pixel agreement") if args.against else text)
+    if bands:
+        result["trimap"] = trimap_scores(confusion, bands)
+        print("\n" + trimap_table(result["trimap"]))
     if args.json:
         temporary = Path(f"{args.json}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(temporary, args.json)
-    if args.pictures:
-        save_pictures(voc, per_image, predicted, network, names, args)
+    save_pictures(voc, per_image, predicted, network, names, args)
+    if args.trimap_plot:
+        runs = {"/".join(Path(args.json or args.checkpoint or args.labels).parts[-2:]): result["trimap"], **others}
+        args.trimap_plot.parent.mkdir(parents=True, exist_ok=True)
+        save_picture(args.trimap_plot, trimap_picture(voc, next(iter(per_image)), runs, args))
     return finish(failed)
 
 
@@ -435,10 +652,8 @@ def predict_folder(args):
             continue
         labels = predict_labels(network, image, args)
         write_label(args.out / f"{path.stem}.png", labels)
-        present = set(np.unique(labels).tolist()) - {0}
-        panels = np.hstack([captioned(image, path.name), captioned(overlay(image, labels), "prediction")])
-        save_picture(args.out / "overlay" / f"{path.stem}.jpg",
-                     np.vstack([panels, legend(present, names, panels.shape[1])]))
+        panels = side_by_side({path.name: image, "prediction": overlay(image, labels)})
+        save_picture(args.out / "overlay" / f"{path.stem}.jpg", with_legend(panels, classes_in(labels), names))
     print(f"{len(paths) - len(failed)} label PNGs in {args.out}, to look at: {args.out / 'overlay'}")
     return finish(failed)
 
@@ -459,10 +674,13 @@ def main(argv):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", help="score this network, a .pt file of train_box2seg.py")
     what.add_argument("--labels", type=Path, metavar="DIR", help="score the label PNGs <id>.png in this folder")
-    add("--split", default="val", help="list in ImageSets/Segmentation to score (paper: %(default)s)")
+    add("--against", type=Path, metavar="DIR", help="compare --labels with the label PNGs of this folder, which takes "
+        "the truth's place: all that both have, unless --split or --list says which; 255 in either is left out")
+    add("--split", help="list in ImageSets/Segmentation to score (paper: val, the default)")
     add("--list", type=Path, metavar="FILE", help="score these ids instead, one a line")
     add("--scales", type=float, nargs="+", default=[1.0], metavar="S",
-        help="mean of the predictions at these scales of the image (ours: %(default)s)")
+        help="mean of the predictions at these scales of the image (ours: %(default)s; paper, for BoxSup+, Sect. 5.1: "
+        "0.8 1.0 1.2)")
     add("--flip", action="store_true", help="and of those for the mirrored image (ours: off)")
 
     add = parser.add_argument_group("output, besides the table").add_argument
@@ -472,8 +690,22 @@ def main(argv):
     add("--pictures", type=Path, metavar="DIR", help="strips: image | truth | boxes | GrabCut | prediction | attention")
     add("--num-pictures", type=int, default=12, metavar="N", help="how many, evenly spread (ours: %(default)s)")
     add("--worst", action="store_true", help="those of lowest mIoU instead")
+    add("--best", action="store_true", help="those of highest mIoU instead; with --worst as many of each")
+    add("--attention", type=Path, metavar="DIR", help="as Box2Seg's Fig. 4: image | truth | GrabCut and boxes | "
+        "attention of each class that is there, as heat over the image")
+    add("--affinity", type=Path, metavar="DIR", help="as Box2Seg's Fig. 5: image | prediction, two pixels marked | "
+        "affinity (Eq. 9) of each to all others, as heat over the image")
+    add("--pixels", type=int, nargs=4, metavar=("X", "Y", "X", "Y"), help="which two, from the upper left corner, 0 0 "
+        "(ours: deepest within the class predicted for most pixels but background, and deepest in the background)")
     add("--noisy-labels", type=Path, metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ lie, for the pictures "
         "(default: in --data)")
+
+    add = parser.add_argument_group("trimap: mIoU near boundaries of the truth and away from them").add_argument
+    add("--trimap", type=int, nargs="*", metavar="W", help="BoxSup's Fig. 4, for bands of these widths, pixels to "
+        f"either side (ours: {' '.join(map(str, WIDTHS))})")
+    add("--trimap-plot", type=Path, metavar="FILE", help="draw it, as .png or .jpg")
+    add("--trimap-add", type=Path, nargs="+", default=[], metavar="JSON", help="draw other runs' curves too, from what "
+        "--trimap --json wrote of them")
 
     add = parser.add_argument_group("plain pictures, without truth").add_argument
     add("--images", type=Path, metavar="DIR", help="label all pictures of this folder (with --list: only those), "
@@ -488,8 +720,15 @@ def main(argv):
 
     if bool(args.images) != bool(args.out) or (args.images and not args.checkpoint):
         parser.error("--images, --out and --checkpoint go together")
-    if not all(0 < scale < math.inf for scale in args.scales) or args.num_pictures < 1:
-        parser.error("--scales and --num-pictures must be above 0")
+    if args.against and not args.labels or (args.attention or args.affinity) and not args.checkpoint:
+        parser.error("--against goes with --labels; --attention and --affinity with --checkpoint")
+    if args.trimap_add and not args.trimap_plot:
+        parser.error("--trimap-add draws curves into --trimap-plot FILE")
+    if args.trimap == [] or args.trimap_plot and not args.trimap:
+        args.trimap = WIDTHS
+    args.trimap = sorted(set(args.trimap or ()))
+    if not all(0 < number < math.inf for number in [*args.scales, *args.trimap, args.num_pictures]):
+        parser.error("--scales, --trimap and --num-pictures must be above 0")
     try:
         args.device = usable_device(args.device)
         return predict_folder(args) if args.images else evaluate(args)

@@ -30,7 +30,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-# ==== shared block "VOC on disk": equal to the byte in grabcut_labels.py and evaluate.py
+# ==== shared block "VOC on disk": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
                "person pottedplant sheep sofa train tvmonitor").split()
 
@@ -68,7 +68,7 @@ def read_list(path):
 # ==== end of shared block
 
 
-# ==== shared block "pictures and labels": equal to the byte in grabcut_labels.py and evaluate.py
+# ==== shared block "pictures and labels": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
 def voc_palette():
     """VOC's colours, (256, 3) uint8: bits 0, 1, 2 of the index give the high bit of R, G, B, bits 3, 4, 5 the next."""
     bits = [[(np.arange(256) >> (3 * k + c) & 1) << (7 - k) for k in range(3)] for c in range(3)]
@@ -113,7 +113,7 @@ def write_label(path, labels):
 # ==== end of shared block
 
 
-# ---------------------------------------------------------------- boxes
+# ==== shared block "boxes of an annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
 def clip_box(corners, size, where):
     """Corners x0, y0, x1, y1 (0-based, half-open, any order of magnitude) -> the four ints, clipped to (H, W)."""
     x0, y0, x1, y1 = corners
@@ -165,6 +165,7 @@ def box_mask(boxes, classes, size):
         x0, y0, x1, y1 = boxes[k]
         mask[y0:y1, x0:x1] = classes[k]
     return mask
+# ==== end of shared block
 
 
 # ---------------------------------------------------------------- GrabCut
@@ -340,8 +341,10 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
 
 
 # ---------------------------------------------------------------- boxes from a detector (Sect. 4.2: NoTrain-Det)
+# ==== shared block "COCO's names": equal to the byte in grabcut_labels.py and mcg_candidates.py
 COCO_TO_VOC = {"airplane": "aeroplane", "motorcycle": "motorbike", "potted plant": "pottedplant", "couch": "sofa",
                "dining table": "diningtable", "tv": "tvmonitor"}  # VOC's other fourteen have the same name in COCO
+# ==== end of shared block
 
 
 def make_detector(names, name="fasterrcnn_resnet50_fpn_v2", weights=None, device="cpu", threshold=0.5):

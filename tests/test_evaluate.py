@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,8 +304,9 @@ def test_bad_checkpoints(toy, tmp_path):
 def test_exit_status_of_the_command_line(toy, tmp_path):
     status, out, error = command_line("--data", tmp_path, "--labels", toy / "GrabCutMasks")
     assert status == 2 and not out and error.startswith("evaluate.py: ") and error.count("\n") == 1, error
-    status, out, error = command_line("--help")
+    status, out, error = run("--help")
     assert status == 0 and "(paper)" in out and "(ours)" in out and "comp6_val_cls" in out
+    assert "0.8 1.0 1.2" in " ".join(out.split())                                   # BoxSup+
 
 
 def test_bad_places_and_devices(toy, checkpoint, tmp_path):
@@ -320,6 +322,295 @@ def test_bad_places_and_devices(toy, checkpoint, tmp_path):
                   ["--checkpoint", checkpoint, "--images", toy], ["--checkpoint", checkpoint, "--scales", 0]):
         status, _, error = run("--data", toy, *wrong)
         assert status == 2 and "Traceback" not in error and "usage" in error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the trimap
+
+def naive_distance(truth):
+    """To the nearest pixel of another label, by trying all of them."""
+    h, w = truth.shape
+    return np.array([[min((np.hypot(y - v, x - u) for v in range(h) for u in range(w) if truth[v, u] != truth[y, x]),
+                          default=np.inf) for x in range(w)] for y in range(h)])
+
+
+def test_boundary_distance_by_hand():
+    """VOC's rim (255) is a boundary on both sides; where there is none, class lies against class."""
+    row = np.array([[0, 0, 0, 255, 255, 1, 1, 1, 2]], np.uint8)
+    assert evaluate.boundary_distance(row).tolist() == [[3, 2, 1, 1, 1, 1, 2, 1, 1]]
+    assert np.isinf(evaluate.boundary_distance(np.zeros((3, 4), np.uint8))).all()   # the picture's edge is no boundary
+
+
+def test_boundary_distance_against_a_loop():
+    truth = np.random.default_rng(0).choice([0, 0, 0, 0, 0, 0, 0, 0, 1, 255], (13, 11)).astype(np.uint8)
+    truth[:6, :5] = 2
+    assert evaluate.boundary_distance(truth) == pytest.approx(naive_distance(truth), rel=1e-6)
+
+
+def test_trimap_scores_by_hand():
+    """truth       0 0 0 0 1 1 1 1     width 1: the two pixels in the middle; of 0 none is right, of 1 one of two: 1/4.
+       prediction  0 0 0 1 1 1 1 0     Outside of it 3 of 4 and 2 of 3: 17/24. Width 4: all, and nothing outside.
+    """
+    truth, prediction = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 1, 1, 0])
+    everything = evaluate.confusion_matrix(prediction, truth, 2)
+    bands = {1: evaluate.confusion_matrix(prediction[3:5], truth[3:5], 2), 4: everything}
+    trimap = evaluate.trimap_scores(everything, bands)
+    assert trimap == {"widths": [1, 4], "boundary": [pytest.approx(1 / 4), pytest.approx((3 / 5 + 3 / 5) / 2)],
+                      "interior": [pytest.approx(17 / 24), None], "interior_classes": [2, 0],
+                      "share": [pytest.approx(1 / 4), 1.0]}
+    assert [line.split()[-2:] for line in evaluate.trimap_table(trimap).split("\n")] == [
+        ["1", "4"], ["25.0", "100.0"], ["25.0", "60.0"], ["70.8", "-"], ["2", "0"]]
+
+
+def test_trimap_against_loops_over_pixels(copy):
+    """Bands of all images in one count each; 255 in neither region. The command's table, JSON and plot."""
+    names = (copy / "ImageSets" / "Segmentation" / "val.txt").read_text().split()
+    rng, counts = np.random.default_rng(0), {(w, near): np.zeros((6, 6)) for w in (2, 5) for near in (True, False)}
+    (copy / "preds").mkdir()
+    for name in names:
+        truth = png(copy / "SegmentationClass" / f"{name}.png")
+        y, x = np.argwhere((truth != 0) & (truth != 255))[0]                        # of an object
+        y, x = min(max(0, y - 8), 28), min(max(0, x - 12), 40)
+        truth = truth[y:y + 20, x:x + 24]                                           # small, for the naive loop
+        assert len(set(truth.ravel().tolist())) > 2
+        prediction = np.where(rng.random(truth.shape) < 0.3, rng.integers(0, 6, truth.shape), truth % 255)
+        evaluate.write_label(copy / "SegmentationClass" / f"{name}.png", truth)
+        evaluate.write_label(copy / "preds" / f"{name}.png", prediction)
+        picture = Image.open(copy / "JPEGImages" / f"{name}.jpg").crop((x, y, x + 24, y + 20))
+        picture.save(copy / "JPEGImages" / f"{name}.jpg")
+        for t, p, d in zip(truth.ravel(), prediction.ravel(), naive_distance(truth).ravel()):
+            for w in (2, 5) if t != 255 else ():
+                counts[w, bool(d <= w)][t, p] += 1
+
+    def miou(n):
+        return np.mean([n[c, c] / (n[c].sum() + n[:, c].sum() - n[c, c]) for c in range(6) if n[c].sum()])
+
+    command = ["--data", copy, "--labels", copy / "preds"]
+    status, out, error = run(*command, "--trimap", 5, 2, "--json", copy / "a.json")
+    assert status == 0, error
+    trimap = json.loads((copy / "a.json").read_text())["trimap"]
+    assert trimap["widths"] == [2, 5]
+    assert trimap["boundary"] == pytest.approx([miou(counts[w, True]) for w in (2, 5)])
+    assert trimap["interior"] == pytest.approx([miou(counts[w, False]) for w in (2, 5)])
+    assert trimap["share"] == pytest.approx([counts[w, True].sum() / (counts[w, True] + counts[w, False]).sum()
+                                             for w in (2, 5)])
+    row = next(line.split() for line in out.splitlines() if line.startswith("boundary mIoU"))
+    assert row[2:] == [f"{100 * value:.1f}" for value in trimap["boundary"]]
+
+    status, _, error = run(*command, "--json", copy / "b.json", "--trimap-plot", copy / "new" / "plot.png",
+                           "--trimap-add", copy / "a.json")
+    assert status == 0, error
+    assert json.loads((copy / "b.json").read_text())["trimap"]["widths"] == list(evaluate.WIDTHS)
+    plot = png(copy / "new" / "plot.png")
+    assert plot.shape[1] == 4 * (288 + 4)               # four panels of 24 x 20 pixels, at a height of 240
+    for colour in evaluate.CURVES[:2]:                  # this run, and the other one
+        assert (plot == colour).all(2).sum() > 200
+
+
+def test_plot_by_hand():
+    """Interior 70 %, boundary 20 %: two level lines, the first one solid, the second one dashed."""
+    run_of = {"widths": [10, 20], "boundary": [0.2, 0.2], "interior": [0.7, 0.7]}
+    plot = evaluate.draw_trimap({"a": run_of}, 800)
+    blue = (plot == evaluate.CURVES[0]).all(2)[50:]                                 # below the run's name
+    rows = np.flatnonzero(blue.sum(1) > 100)                                        # the curves: columns 420 to 780
+    upper, lower = rows[rows < rows.mean()], rows[rows > rows.mean()]
+    assert lower.min() - upper.max() > 200                                          # the axis reaches from 20 to 70 %
+    assert blue[upper].any(0).sum() >= 355 and 0.4 < blue[lower].any(0).sum() / blue[upper].any(0).sum() < 0.9
+    assert not blue[upper][:, :410].any()                                           # nothing is drawn before width 10
+    perfect = evaluate.draw_trimap({"a": {**run_of, "interior": [1.0, 1.0]}}, 800)
+    line = np.flatnonzero((perfect == evaluate.CURVES[0]).all(2)[:, 500])
+    assert abs(line.min() - 58) <= 1                    # 100 % is the uppermost line, below one name
+    nothing_inside = {**run_of, "interior": [0.7, None]}
+    assert evaluate.draw_trimap({"a": nothing_inside}, 800).shape == (420, 800, 3)
+
+
+def test_trimap_panels_show_the_regions_in_white(copy):
+    """Truth: class 1 from column 32 on. Width 4: boundary columns 28..35, the rest interior, the 255 corner neither."""
+    truth = np.zeros((48, 64), np.uint8)
+    truth[:, 32:] = 1
+    truth[:12, :12] = 255                               # (0, 0) lies farther than 4 pixels from other labels
+    evaluate.write_label(copy / "SegmentationClass" / "toy_val_00000.png", truth)
+    args = SimpleNamespace(trimap=[2, 4, 8], against=None)
+    trimap = {"widths": [2, 4, 8], "boundary": [0.5] * 3, "interior": [0.5] * 3}
+    picture = evaluate.trimap_picture(copy, "toy_val_00000", {"a": trimap}, args)
+    left = 2 * (320 + 4) + 2                            # panels of 320 x 240, scaled by 5
+    boundary, interior = picture[28:264:5, left + 2:left + 322:5], picture[28:264:5, left + 326:left + 646:5]
+    wanted = np.zeros((48, 64))
+    wanted[:, 28:36] = 255
+    assert (boundary[20:, :, 0] == wanted[20:]).all() and (interior[20:, :, 0] == 255 - wanted[20:]).all()
+    assert boundary[0, 0, 0] == 0 == interior[0, 0, 0]
+
+
+def test_bad_trimaps(toy, tmp_path):
+    command = ["--data", toy, "--labels", toy / "GrabCutMasks", "--trimap-plot", tmp_path / "plot.png"]
+    (tmp_path / "none.json").write_text('{"miou": 0.5}')
+    (tmp_path / "broken.json").write_text('{"miou": 0.')
+    for name in ("none.json", "broken.json", "missing.json"):
+        assert f"{tmp_path / name}: holds no trimap" in refused(*command, "--trimap-add", tmp_path / name)
+    for wrong in (["--trimap", 0], ["--trimap-add", tmp_path / "none.json"]):
+        status, _, error = run("--data", toy, "--labels", toy / "GrabCutMasks", *wrong)
+        assert status == 2 and "usage" in error and "--trimap" in error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# two label folders
+
+def test_against_compares_what_both_folders_have(copy, tmp_path):
+    """255 in either folder leaves a pixel out, so that the two may trade places."""
+    (copy / "BoxMasks" / "toy_val_00001.png").unlink()
+    agree = either = 0
+    for path in (copy / "BoxMasks").glob("*.png"):
+        a, b = np.roll(png(path), 5, axis=1), png(copy / "SegmentationClass" / path.name)
+        evaluate.write_label(path, a)
+        agree, either = agree + ((a == b) & (b != 255)).sum(), either + (b != 255).sum()
+    assert 0.5 < agree / either < 0.95
+    pair = [copy / "BoxMasks", copy / "SegmentationClass"]
+    results = []
+    for labels, against in (pair, pair[::-1]):
+        status, out, error = run("--data", copy, "--labels", labels, "--against", against, "--json", copy / "s.json")
+        assert status == 0 and "pixel agreement" in out and "5 images" in out, error
+        results.append(json.loads((copy / "s.json").read_text()))
+        assert results[-1]["pixel_accuracy"] == pytest.approx(agree / either)
+    assert results[0]["iou"] == results[1]["iou"]
+    status, out, error = run("--data", copy, "--labels", pair[0], "--against", pair[1], "--split", "train", "--trimap",
+                             2, "--pictures", tmp_path / "pictures", "--num-pictures", 1)
+    assert status == 0 and "4 images" in out and "boundary mIoU" in out, error
+    assert png(tmp_path / "pictures" / "toy_train_00000.png").shape[1] == 5 * (320 + 4)     # B stands for the truth
+
+
+def test_bad_pairs(toy, checkpoint, tmp_path):
+    assert str(tmp_path) in refused("--data", toy, "--labels", toy / "BoxMasks", "--against", tmp_path)
+    missing = refused("--data", toy, "--labels", toy / "BoxMasks", "--against", tmp_path, "--split", "val")
+    assert str(tmp_path / "toy_val_00000.png") in missing
+    status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--against", tmp_path)
+    assert status == 2 and "usage" in error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# best and worst, attention, affinity
+
+def test_best_and_worst_pictures(copy, tmp_path):
+    """One picture with no background found, one with the left half of its labels gone, one without a mistake."""
+    masks = copy / "GrabCutMasks"
+    evaluate.write_label(masks / "toy_train_00002.png", np.full((48, 64), 5))
+    half = masks / "toy_train_00001.png"
+    evaluate.write_label(half, np.where(np.arange(64) < 32, 0, png(half)))
+    (copy / "two.txt").write_text("toy_train_00001\ntoy_train_00002\ntoy_train_00003\n")
+    for flags, wanted in ((["--best"], "3"), (["--worst"], "2"), (["--best", "--worst"], "23")):
+        out = tmp_path / "".join(flags)
+        status, _, error = run("--data", copy, "--labels", masks, "--list", copy / "two.txt", "--pictures", out,
+                               "--num-pictures", 1, *flags)
+        assert status == 0, error
+        assert sorted(os.listdir(out)) == ["sheet.png", *(f"toy_train_0000{n}.png" for n in wanted)]
+
+
+def test_attention_and_affinity_end_to_end(toy, checkpoint, tmp_path):
+    status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--num-pictures", 1,
+                           "--attention", tmp_path / "a", "--affinity", tmp_path / "b", "--pixels", 0, 0, 63, 47)
+    assert status == 0, error
+    present = set(png(toy / "SegmentationClass" / "toy_val_00000.png").ravel().tolist()) - {0, 255}
+    for folder in ("a", "b"):
+        assert sorted(os.listdir(tmp_path / folder)) == ["sheet.png", "toy_val_00000.png"]
+    assert png(tmp_path / "a" / "toy_val_00000.png").shape[1] == (3 + len(present)) * 324   # image, truth, GrabCut
+    assert png(tmp_path / "b" / "toy_val_00000.png").shape[1] == 4 * 324
+    error = refused("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--affinity", tmp_path / "b",
+                    "--pixels", 0, 0, 64, 47)
+    assert "0 0 64 47" in error and "64x48" in error
+
+
+def test_networks_without_these_branches(toy, tmp_path):
+    for branch, flag in (("attention", "--attention"), ("embedding", "--affinity")):
+        plain = save_checkpoint(tmp_path / "plain.pt", CLASS_NAMES, **{branch: False})
+        error = refused("--data", toy, "--checkpoint", plain, "--device", "cpu", flag, tmp_path / "out")
+        assert str(plain) in error and f"no {branch} branch" in error
+        status, _, error = run("--data", toy, "--labels", toy / "GrabCutMasks", flag, tmp_path / "out")
+        assert status == 2 and "usage" in error
+
+
+class Planted:
+    """A network whose logits of alpha and whose embeddings (1, d, h, w) are given."""
+
+    def __init__(self, attention=None, beta=None):
+        self.attention, self.beta = attention, beta
+
+    def branches(self, x):
+        return None, self.attention, self.beta
+
+
+def drawing(**more):
+    return SimpleNamespace(device=torch.device("cpu"), amp="off", labels=None, pixels=None, **more)
+
+
+def test_heat_by_hand():
+    """0 is blue, 1 is red, over a picture of which the colours are lost and 45 % of the brightness are left."""
+    image = np.array([[[0, 0, 0], [255, 0, 0], [0, 0, 255]]], np.uint8)
+    picture = evaluate.heat(image, np.array([[0.0, 1.0, 7.0]])).astype(int)
+    assert picture[0, 0, 2] > picture[0, 0, 1] and picture[0, 1, 0] > picture[0, 1, 2]
+    assert (picture[0, 1] == picture[0, 2]).all()                                   # above 1 as 1; both pixels grey 85
+
+
+def test_attention_strip_by_hand():
+    """alpha of class 2 is 1 in the left half, that of class 1 nowhere; the box of class 2 is outlined in its colour."""
+    image, nothing = np.full((40, 40, 3), 100, np.uint8), np.zeros((40, 40), np.uint8)
+    boxes = nothing.copy()
+    boxes[5:30, 5:30] = 2
+    logits = torch.full((1, 2, 40, 40), -50.0)
+    logits[0, 1, :, :20] = 50
+    labels = {"truth": boxes, "boxes": boxes, "GrabCut": nothing}
+    pictures, present = evaluate.attention_strip(image, labels, nothing, Planted(attention=logits),
+                                                 ["background", "cat", "dog"], drawing())
+    assert list(pictures) == ["truth", "GrabCut", "attention: dog"] and present == {2}
+    outline = nothing.copy()
+    outline[5:30, 5:30] = 1
+    outline[6:29, 6:29] = 0
+    wanted = evaluate.heat(image, np.arange(40)[None].repeat(40, 0) < 20.0)
+    wanted[outline == 1] = evaluate.colour_of(2)
+    assert (pictures["attention: dog"] == wanted).all()
+    assert (pictures["GrabCut"][outline == 1] == evaluate.colour_of(2)).all()
+
+
+def test_affinity_strip_by_hand():
+    """Embeddings: (3, 0) in the left half, (0, 1) in the right, so A is 1 to the own half and 0 to the other (Eq. 9).
+
+    The prediction: a rectangle of class 2, the largest, in the left half, whose pixels (12..22, 20) lie deepest, the
+    first of them counts; one pixel of class 1. The background is deepest where it is 20 pixels to all of its edges.
+    """
+    image, prediction = np.full((40, 80, 3), 100, np.uint8), np.zeros((40, 80), np.uint8)
+    prediction[10:31, 2:33], prediction[0, 0] = 2, 1
+    beta = torch.zeros(1, 2, 10, 20)
+    beta[0, 0, :, :10], beta[0, 1, :, 10:] = 3, 1
+    args = drawing()
+    pictures, present = evaluate.affinity_strip(image, {}, prediction, Planted(beta=beta), [], args)
+    assert list(pictures) == ["prediction", "affinity to purple", "affinity to green"] and present == {1, 2}
+    left = np.arange(80)[None].repeat(40, 0) < 40
+    away = abs(np.arange(80) - 39.5) > 4                                            # from the seam, which is blurred
+
+    def assert_shows(picture, half, mark, colour):
+        x, y = mark
+        assert (picture[y, x] == colour).all()
+        far = (abs(np.arange(80) - x)[None] > 12) | (abs(np.arange(40) - y)[:, None] > 12)
+        assert ((picture == evaluate.heat(image, half.astype(float))).all(2) | ~far | ~away).all()
+
+    assert_shows(pictures["affinity to purple"], left, (12, 20), (170, 0, 255))
+    green = np.argwhere((pictures["affinity to green"] == (0, 220, 0)).all(2)).mean(0).round().astype(int)[::-1]
+    assert 50 < green[0] < 62 and 17 < green[1] < 22
+    assert_shows(pictures["affinity to green"], ~left, green, (0, 220, 0))
+    assert (pictures["prediction"][20, 12] == (170, 0, 255)).all()
+
+    args.pixels = [41, 3, 38, 30]                       # to either side of the seam
+    pictures, _ = evaluate.affinity_strip(image, {}, prediction, Planted(beta=beta), [], args)
+    assert_shows(pictures["affinity to purple"], ~left, (41, 3), (170, 0, 255))
+    assert_shows(pictures["affinity to green"], left, (38, 30), (0, 220, 0))
+
+
+@pytest.mark.parametrize("c", [0, 2])
+def test_affinity_where_all_is_one_class(c):
+    """No object was found, or no background: both marks lie in the middle of what there is."""
+    image, prediction = np.full((20, 20, 3), 100, np.uint8), np.full((20, 20), c, np.uint8)
+    network = Planted(beta=torch.ones(1, 2, 5, 5))
+    pictures, present = evaluate.affinity_strip(image, {}, prediction, network, [], drawing())
+    assert (pictures["affinity to purple"][9, 9] == (170, 0, 255)).all() and present == {c} - {0}
+    assert (pictures["affinity to green"][9, 9] == (0, 220, 0)).all()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
