@@ -1,0 +1,349 @@
+"""
+The dense CRF: every pixel talks to every other one, and labels settle along the edges of the picture.
+
+Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials" (NIPS 2011), which
+both papers run on their network's output: Box2Seg's row (C) of Tables 1 and 2 (74.9 -> 76.4), and BoxSup's Sect. 5
+throughout. Eq. 1 to 5 and Alg. 1 below are that paper's. Its filter is the permutohedral lattice of Adams, Baek and
+Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (Eurographics 2010), here as three sparse
+matrix products. PyTorch alone, on CPU or GPU; pydensecrf, the authors' C++ code with a Python wrapper, is a second
+backend, and what the tests compare with.
+
+Run:    python crf.py holiday.jpg holiday.npy                                       (Box2Seg's network, ResNet-101)
+        python crf.py holiday.jpg holiday.npy --preset vgg16 --iterations 5         (BoxSup's)
+Reads:  a picture, and the class probabilities (C, H, W) of its pixels, any float type, as one gets them by
+        numpy.save("holiday.npy", predict(network, image).cpu().numpy()), with predict() of model.py
+Writes: crf.png (--out): the picture | most probable classes before | after
+Expect: 500x375 pixels and 21 classes take one to three seconds on one CPU core: the more texture, the longer.
+        Exit status 0; 2 with one line on stderr if an input will not do.
+"""
+import argparse
+import math
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+# PAPER SILENT: the CRF's parameters, in both papers (BoxSup points to DeepLab); those that DeepLab's authors found by
+# search on held-out pictures, for a VGG-16 and for a ResNet-101, with their 10 iterations. A network of another
+# sharpness wants a search of its own: too confident probabilities leave the CRF nothing to say.
+PRESETS = {"vgg16": dict(w=4, xy=121, rgb=5, gaussian_w=3, gaussian_xy=3),
+           "resnet101": dict(w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy=3)}
+ITERATIONS = 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the Gaussian filter: out_i = sum_j k(f_i, f_j) v_j for all N pixels at once, in time linear in N
+
+def csr(row_lengths, columns, values, size):
+    """A sparse matrix, row after row: how many entries each row has, their columns (rising within a row), values."""
+    starts = torch.cat([row_lengths.new_zeros(1), row_lengths.cumsum(0)])
+    with warnings.catch_warnings():                     # "Sparse CSR tensor support is in beta state"
+        warnings.simplefilter("ignore")
+        return torch.sparse_csr_tensor(starts.int(), columns.int(), values, size)   # int32: what MKL and cuSPARSE want
+
+
+def permutohedral_lattice(features):
+    """
+    Points (N, d) float32 -> splat (M, N), blurs [d + 1 of (M, M)], slice (N, M): sparse matrices, whose product filters
+    with the Gaussian exp(-|f_i - f_j|^2 / 2), up to a constant factor and to the lattice's own error.
+
+    The lattice lives in d + 1 coordinates that sum to 0. Its points have whole coordinates that are all equal modulo
+    d + 1; that common remainder r = 0..d is the point's colour. They cut the space into simplices with one corner of
+    each colour. Splat: each pixel gives its value to the d + 1 corners around it, by barycentric weight. Blur: [1/2 1
+    1/2] along each of the d + 1 axes. Slice: each pixel reads its corners with the weights that it gave. Only the M <=
+    N (d + 1) corners that some pixel touches exist; the others hold 0 and pass nothing on, as in the authors' code.
+
+    All in float32, and int64 for the names of corners: float64 is needed nowhere. The order of operations is that of
+    the authors' code. It matters: a pixel that lies on the border of two simplices by rounding creates other corners.
+    Raises ValueError if the features spread too far.
+    """
+    (N, d), device = features.shape, features.device
+
+    # 1. Elevate (Adams et al., p. 5): y = E f, d coordinates -> d + 1 that sum to 0. The last factor makes the blur's
+    #    standard deviation 1 (p. 6); it is rounded to float32 where the authors' code does.
+    axis = torch.arange(1, d + 1, dtype=torch.float64)
+    scale = 1 / (axis * (axis + 1)).sqrt() * float(np.float32(math.sqrt(2 / 3) * (d + 1)))
+    x = features * scale.float().to(device)                                         # (N, d)
+    y = x.new_empty(N, d + 1)
+    below = torch.zeros_like(x[:, 0])
+    for j in range(d, 0, -1):
+        y[:, j] = below - j * x[:, j - 1]
+        below = below + x[:, j - 1]
+    y[:, 0] = below
+
+    # 2. The corner of colour 0: round to multiples of d + 1. Where these do not sum to 0, correct the coordinates that
+    #    were rounded the farthest. rank: 0 for the coordinate that lies highest above its corner's, d for the lowest.
+    corner = (y * (1 / (d + 1))).round()
+    rank = (y - corner * (d + 1)).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    rank += corner.sum(1, keepdim=True).long()
+    wrap = (rank < 0).long() - (rank > d).long()
+    rank += wrap * (d + 1)
+    corner = (corner + wrap) * (d + 1)                                              # (N, d + 1), sum 0
+    by_rank = rank.argsort(dim=1)                                                   # coordinates, highest first
+
+    # 3. Barycentric weights (p. 10): differences of neighbours in the sorted residuals; column r for colour r.
+    residual = ((y - corner) * (1 / (d + 1))).gather(1, by_rank).flip(1)            # rising
+    weights = residual - residual.roll(1, dims=1)
+    weights[:, 0] += 1                                                              # (N, d + 1), sum 1
+
+    # 4. Name each corner by one int64: its coordinates as digits of a number, but the last one, which the others imply.
+    #    Digits have room for 2 d more on both sides, so a step to a neighbour is the addition of a constant.
+    low, high = corner.amin(0), corner.amax(0)
+    room = (high - low + (4 * d + 1))[:d].tolist()
+    if not (max(room) < 2 ** 16 and math.prod(room) < 2 ** 62):     # what float32 tells apart, what int64 holds; NaN
+        raise ValueError("the features spread too far for the lattice: raise the standard deviations xy and rgb")
+    digit = [math.prod(map(int, room[:j])) for j in range(d)] + [0]
+    digits = torch.tensor(digit, device=device)
+    first = ((corner - low).long() * digits).sum(1, keepdim=True)                   # (N, 1), colour 0
+    # From colour r to r + 1: 1 up in all coordinates, and d + 1 down in the one of rank d - r.
+    step = sum(digit) - (d + 1) * digits[by_rank.flip(1)]                           # (N, d + 1)
+    names, order = (first + step.cumsum(1) - step).sort(dim=1)                      # rising, as csr() wants columns
+    weights = weights.gather(1, order)
+
+    # 5. Splat and slice: one sort finds the corners that are the same.
+    names, order = names.flatten().sort(stable=True)
+    corners, index, count = names.unique_consecutive(return_inverse=True, return_counts=True)  # (M,), (N(d+1),), (M,)
+    M = len(corners)
+    splat = csr(count, order // (d + 1), weights.flatten()[order], (M, N))
+    back = torch.empty_like(index).scatter_(0, order, index)
+    slice_ = csr(torch.full((N,), d + 1, device=device), back, weights.flatten(), (N, M))
+
+    # 6. Blur: the neighbour along axis j is d up in coordinate j and 1 down in all others, or the reverse.
+    here, blurs = torch.arange(M, device=device), []
+    taps = features.new_tensor([0.5, 1, 0.5]).expand(M, 3)
+    for j in range(d + 1):
+        step = abs((d + 1) * digit[j] - sum(digit))
+        at = torch.searchsorted(corners, corners + step).clamp(max=M - 1)
+        exists = corners[at] == corners + step
+        after = torch.where(exists, at, -1)
+        before = torch.full_like(here, -1).scatter_(0, at[exists], here[exists])
+        columns = torch.stack([before, here, after], dim=1)                         # (M, 3), -1: no such corner
+        exists = columns >= 0
+        blurs.append(csr(exists.sum(1), columns[exists], taps[exists], (M, M)))
+    return splat, blurs, slice_
+
+
+def apply(kernel, values):
+    """One message passing (Eq. 5): values (N, C) -> (N, C). kernel as permutohedral_lattice() or gaussian_kernel()."""
+    splat, blurs, slice_ = kernel
+    values = splat @ values                                                         # (M, C)
+    for blur in blurs:
+        values = blur @ values
+    return slice_ @ values
+
+
+def gaussian_kernel(features):
+    """
+    Points (N, d) float32 -> the filter D^-1/2 K D^-1/2, ready for apply(); K is the lattice's, D its row sums.
+
+    Built once per picture: ten iterations and all classes share it, and so do all weights w that a search may try.
+    """
+    # PAPER SILENT: how a kernel is normalised; without it a pixel of a large even area gets a louder message than one
+    # of a small area. Symmetric, which is pydensecrf's default and what later work ran.
+    splat, blurs, slice_ = permutohedral_lattice(features)
+    norm = apply((splat, blurs, slice_), features.new_ones(len(features), 1)).rsqrt()              # (N, 1)
+    splat.values().mul_(norm[splat.col_indices(), 0])
+    slice_.values().view(len(features), -1).mul_(norm)
+    return splat, blurs, slice_
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the CRF
+
+def crf_kernels(image, xy, rgb, gaussian_xy):
+    """
+    The two kernels of Eq. 3 -> (bilateral, gaussian): exp(-|p_i - p_j|^2 / 2 xy^2 - |I_i - I_j|^2 / 2 rgb^2), near and
+    alike in colour, and exp(-|p_i - p_j|^2 / 2 gaussian_xy^2), near. image: (H, W, 3) uint8 RGB tensor.
+    """
+    # PAPER SILENT: in which colours pixels are compared; RGB as it is in the file, 0..255, never an image that was
+    # normalised for the network.
+    H, W = image.shape[:2]
+    row, column = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
+    position = torch.stack([column, row], dim=2).view(H * W, 2).float().to(image.device)           # x, y
+    colour = image.reshape(H * W, 3).float()
+    return gaussian_kernel(torch.cat([position / xy, colour / rgb], dim=1)), gaussian_kernel(position / gaussian_xy)
+
+
+def mean_field(unary, weighted_kernels, iterations=ITERATIONS):
+    """
+    Alg. 1: the energies psi_u of Eq. 1, (N, C), and [(w, kernel), ...] of Eq. 2 -> Q, (N, C), sum 1 per pixel.
+
+        Q_i(l) = 1/Z_i exp(-psi_u(l) - sum_m w_m sum_j k_m(f_i, f_j) sum_l' mu(l, l') Q_j(l'))                   (Eq. 4)
+
+    With Potts' mu(l, l') = [l != l'] the inner sum is 1 - Q_j(l), and what does not depend on l goes into Z_i: each
+    label is lifted by w times the message it gets. Eq. 4 has j != i; the authors' code leaves j = i in, and so do we.
+    """
+    q = (-unary).softmax(dim=1)
+    for _ in range(iterations):
+        logits = -unary
+        for w, kernel in weighted_kernels:
+            logits = logits.add(apply(kernel, q), alpha=w)
+        q = logits.softmax(dim=1)
+    return q
+
+
+def unary_energy(probabilities):
+    """psi_u = -log p, (N, C) for (C, H, W)."""
+    # PAPER SILENT: the energy of a probability of 0, which is infinite; 1e-5 is the least, so 11.5 the most. Messages
+    # lift a label by about w + gaussian_w = 7, so one that stands there cannot win against a likely one anyway.
+    return -probabilities.clamp(min=1e-5).log().flatten(1).T.contiguous()
+
+
+def pydensecrf(image, probabilities, w, xy, rgb, gaussian_w, gaussian_xy, iterations):
+    """The same by the authors' C++ code, on one core. CPU tensors in, (C, H, W) out."""
+    try:
+        from pydensecrf.densecrf import DenseCRF2D
+    except ImportError:
+        raise ValueError("backend pydensecrf is not installed: pip install pydensecrf2, which needs a C++ compiler, "
+                         "or take the backend torch") from None
+    C, H, W = probabilities.shape
+    crf = DenseCRF2D(W, H, C)                           # width first
+    crf.setUnaryEnergy(unary_energy(probabilities).T.contiguous().numpy())          # (C, N)
+    crf.addPairwiseGaussian(gaussian_xy, compat=gaussian_w)       # a number, Potts; an array would have the other sign
+    crf.addPairwiseBilateral(xy, rgb, image.contiguous().numpy().copy(), compat=w)  # a copy: it wants to write
+    return torch.from_numpy(np.array(crf.inference(iterations))).view(C, H, W)
+
+
+@torch.no_grad()
+def dense_crf(image, probabilities, w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy=3, iterations=ITERATIONS,
+              backend="torch"):
+    """
+    Class probabilities of one picture, refined: (C, H, W) float32, sum 1 per pixel, where `probabilities` lie.
+
+    image           (H, W, 3) uint8 RGB as in the file, numpy array or tensor
+    probabilities   (C, H, W) of any float type, numpy array or tensor, 0..1, sum 1 per pixel
+    w, xy, rgb      the bilateral kernel of Eq. 3: weight, standard deviation in pixels, and in steps of 0..255
+    gaussian_w, gaussian_xy     the Gaussian kernel's; PRESETS holds all five, the defaults are those for ResNet-101
+    backend         "torch", on the device of `probabilities`, or "pydensecrf", on one CPU core
+    Raises ValueError, one line, on any other type, size or range, NaN included, and where pydensecrf is not installed.
+    """
+    image, probabilities = (x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for x in (image, probabilities))
+    if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
+        raise ValueError(f"image must be (H, W, 3) uint8 RGB, not {tuple(image.shape)} {image.dtype}")
+    if not probabilities.is_floating_point() or probabilities.dim() != 3 or len(probabilities) == 0:
+        raise ValueError("probabilities must be (C, H, W) of a float type, "
+                         f"not {tuple(probabilities.shape)} {probabilities.dtype}")
+    if image.shape[:2] != probabilities.shape[1:]:
+        raise ValueError("image and probabilities differ in height x width: {}x{} and {}x{}".format(
+            *image.shape[:2], *probabilities.shape[1:]))
+    if not all(0 <= x < math.inf for x in (w, gaussian_w)) or not all(0 < x < math.inf for x in (xy, rgb, gaussian_xy)):
+        raise ValueError("w and gaussian_w must be numbers from 0, xy, rgb and gaussian_xy numbers above 0")
+    if not (isinstance(iterations, int) and iterations >= 0):
+        raise ValueError(f"iterations must be a whole number from 0, not {iterations}")
+    if backend not in ("torch", "pydensecrf"):
+        raise ValueError(f"backend must be torch or pydensecrf, not {backend}")
+    probabilities = probabilities.float()
+    if not probabilities.isfinite().all():
+        raise ValueError("probabilities hold NaN or infinity")
+    if probabilities.min() < 0 or (probabilities.sum(0) - 1).abs().max() > 0.02:    # 0.02: float16, and means of it
+        raise ValueError("probabilities must be from 0 and sum to 1 over the classes: logits want a softmax first")
+
+    if backend == "pydensecrf":
+        refined = pydensecrf(image.cpu(), probabilities.cpu(), w, xy, rgb, gaussian_w, gaussian_xy, iterations)
+        return refined.to(probabilities.device)
+    with torch.autocast(probabilities.device.type, enabled=False):
+        bilateral, gaussian = crf_kernels(image.to(probabilities.device), xy, rgb, gaussian_xy)
+        q = mean_field(unary_energy(probabilities), [(gaussian_w, gaussian), (w, bilateral)], iterations)
+    return q.T.contiguous().view(probabilities.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# before and after, to look at
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message is one line that names the file and the remedy."""
+
+
+def read_inputs(image_file, probabilities_file):
+    """-> (H, W, 3) uint8 RGB, turned upright where EXIF says so, and what the .npy file holds."""
+    try:
+        with Image.open(image_file) as file:
+            image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    except FileNotFoundError:
+        raise BadInput(f"no image {image_file}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{image_file}: not a readable image ({error}): fetch it again") from None
+    try:
+        with open(probabilities_file, "rb") as file:
+            probabilities = np.load(file)               # without pickles, numpy's default
+    except FileNotFoundError:
+        raise BadInput(f"no probabilities {probabilities_file}: write them with numpy.save") from None
+    except (OSError, ValueError, EOFError, SyntaxError):
+        probabilities = None
+    if not isinstance(probabilities, np.ndarray):       # np.load reads .npz too
+        raise BadInput(f"{probabilities_file}: not an array as numpy.save writes it: make it again")
+    return image, probabilities
+
+
+def panel(image, labels, caption):
+    """The picture in grey under VOC's colours made brighter, below its caption; labels None: the picture itself."""
+    if labels is not None:
+        bits = [sum((labels >> (3 * k + c) & 1) << (7 - k) for k in range(3)) for c in range(3)]   # VOC's palette
+        colour = np.minimum(np.stack(bits, axis=2) * 1.1 + 40, 255)
+        strength = np.where(labels == 0, 0, 0.7)[..., None]
+        image = (strength * colour + (1 - strength) * 0.6 * image.mean(axis=2, keepdims=True)).astype(np.uint8)
+    scale = min(375 / image.shape[0], 500 / image.shape[1])
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
+    bar = np.full((26, image.shape[1], 3), 255, np.uint8)
+    cv2.putText(bar, caption, (2, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
+    return cv2.copyMakeBorder(np.vstack([bar, image]), 0, 4, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0].strip(),
+        epilog="(ours): neither paper says. What each parameter does: Eq. 3 of Kraehenbuehl and Koltun.")
+    add = parser.add_argument
+    add("image", metavar="IMAGE", help="a picture")
+    add("probabilities", metavar="PROBABILITIES.npy", help="(C, H, W) class probabilities of its pixels, float")
+    add("--preset", choices=sorted(PRESETS), default="resnet101", help="parameters for Box2Seg's network (resnet101: "
+        "w 4, xy 67, rgb 3) or for BoxSup's (vgg16: w 4, xy 121, rgb 5) (ours: %(default)s)")
+    add("--w", type=float, help="weight of the bilateral kernel: near and alike in colour (ours: 4)")
+    add("--xy", type=float, help="its standard deviation in pixels (ours: the preset's)")
+    add("--rgb", type=float, help="its standard deviation in colour, in steps of 0..255 (ours: the preset's)")
+    add("--gaussian-w", type=float, help="weight of the Gaussian kernel: near (ours: 3)")
+    add("--gaussian-xy", type=float, help="its standard deviation in pixels (ours: 3)")
+    add("--iterations", type=int, default=ITERATIONS, help="of mean field (ours: %(default)s)")
+    add("--backend", choices=["torch", "pydensecrf"], default="torch", help="(ours: %(default)s)")
+    add("--device", choices=["cpu", "cuda"], default="cpu", help="where the backend torch runs (default %(default)s)")
+    add("--out", type=Path, default=Path("crf.png"), metavar="FILE",
+        help="gets picture | before | after (default %(default)s)")
+    args = parser.parse_args(argv)
+
+    given = {name: getattr(args, name) for name in PRESETS[args.preset] if getattr(args, name) is not None}
+    try:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise BadInput("--device cuda: this PyTorch sees no CUDA GPU: give --device cpu")
+        if not args.out.parent.is_dir() or args.out.is_dir():
+            raise BadInput(f"--out {args.out}: wanted the name of a file in a folder that exists")
+        image, probabilities = read_inputs(args.image, args.probabilities)
+        start = time.perf_counter()
+        try:
+            before = torch.from_numpy(probabilities).to(args.device)
+            after = dense_crf(image, before, **{**PRESETS[args.preset], **given}, iterations=args.iterations,
+                              backend=args.backend).argmax(0).cpu().numpy()
+        except (ValueError, TypeError) as error:        # TypeError: a numpy type that torch lacks
+            raise BadInput(f"{args.image}, {args.probabilities}: {error}") from None
+    except BadInput as error:
+        print(f"crf.py: {error}", file=sys.stderr)
+        return 2
+    seconds, before = time.perf_counter() - start, before.argmax(0).cpu().numpy()
+    changed = 100 * (before != after).mean()
+    panels = [panel(image, None, Path(args.image).name), panel(image, before, "before"),
+              panel(image, after, f"after: {changed:.1f} % changed")]
+    temporary = f"{args.out}.{os.getpid()}.tmp"
+    Image.fromarray(np.hstack(panels)).save(temporary, "PNG")
+    os.replace(temporary, args.out)
+    print(f"{args.out}: {changed:.1f} % of the pixels changed their class, {seconds:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
