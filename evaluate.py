@@ -8,13 +8,16 @@ images are counted in one table of truth against prediction, at the images' own 
 
 Run:    python evaluate.py --data VOCdevkit --checkpoint runs/box2seg/best.pt
         python evaluate.py --data VOCdevkit --labels VOCdevkit/VOC2012/GrabCutMasks     (the row GrabCut-NoTrain-GT)
+        python evaluate.py --checkpoint runs/box2seg/last.pt --crf                      (Box2Seg (C): 74.9 -> 76.4)
+        python evaluate.py --checkpoint runs/boxsup/last.pt --crf-search --split train  (find the CRF's parameters)
         python evaluate.py --checkpoint runs/box2seg/best.pt --images holiday --out holiday_labels
         python evaluate.py --checkpoint runs/box2seg/last.pt --trimap-plot fig4.png             (BoxSup's Fig. 4)
         python evaluate.py --checkpoint runs/box2seg/last.pt --attention fig4 --affinity fig5   (Box2Seg's Fig. 4, 5)
         python evaluate.py --labels VOCdevkit/VOC2012/BoxMasks --against VOCdevkit/VOC2012/GrabCutMasks
 Reads:  VOC2012/JPEGImages/<id>.jpg, and the truth SegmentationClass/<id>.png (SegmentationClassAug where it has none)
         for the ids of ImageSets/Segmentation/val.txt (--split, --list); class_names.txt where there is one;
-        a checkpoint of train_box2seg.py, or label PNGs: 8-bit palette PNG, class index per pixel, the image's size
+        a checkpoint of train_box2seg.py or train_boxsup.py, or label PNGs: 8-bit palette PNG, class index per pixel,
+        the image's size
 Writes: the table, to the terminal. If asked: --json FILE, {"miou": 0..1, "iou": {name: 0..1, or null for a class that
         the truth lacks}, "images": n, "classes_present": k, "pixel_accuracy": 0..1, "failed": [ids]};
         with --trimap also "trimap": {"widths": [pixels], "boundary", "interior": [mIoU 0..1, null: no pixel there],
@@ -26,10 +29,17 @@ Expect: the paper's Box2Seg reaches 74.9 (Table 3), its GrabCut labels on the an
         Exit status 0; 1 if single images could not be read, they are listed and left out; 2 if nothing could be done.
 """
 import argparse
+import functools
+import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
+import signal
 import sys
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -39,6 +49,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from crf import PRESETS, crf_kernels, dense_crf, mean_field, unary_energy
 from losses import affinity, confusion_matrix, iou
 from model import load_network, normalize, predict
 
@@ -154,11 +165,68 @@ def autocast(args):
     return torch.autocast(args.device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
 
 
-def predict_labels(network, image, args):
-    """(H, W, 3) uint8 RGB -> (H, W) uint8, the most probable class of each pixel."""
+def class_probabilities(network, image, args):
+    """(H, W, 3) uint8 RGB -> (C, H, W) float32 on the network's device."""
     with autocast(args):
-        probabilities = predict(network, image, args.scales, args.flip)             # (C, H, W)
-    return probabilities.argmax(0).byte().cpu().numpy()                             # (H, W)
+        return predict(network, image, args.scales, args.flip)
+
+
+def most_probable(image, probabilities, crf=None):
+    """(C, H, W) -> (H, W) uint8, the most probable class of each pixel; after the dense CRF, if crf has its options."""
+    if crf:
+        try:
+            probabilities = dense_crf(image, probabilities, **crf)
+        except ValueError as error:
+            raise BadInput(f"--crf: {error}") from None
+    return probabilities.argmax(0).byte().cpu().numpy()
+
+
+def predict_labels(network, image, args):
+    """(H, W, 3) uint8 RGB -> (H, W) uint8."""
+    return most_probable(image, class_probabilities(network, image, args), args.crf)
+
+
+def crf_options(network, args):
+    """--crf and its kin -> options of dense_crf(), or None."""
+    if not (args.crf or args.crf_search):
+        return None
+    preset = args.crf
+    if preset in (None, "auto"):
+        preset = "vgg16" if network.arch["network"] == "DeepLabVGG16" else "resnet101"
+    given = {key: value for key, value in (("w", args.crf_w), ("xy", args.crf_xy), ("rgb", args.crf_rgb)) if value}
+    return PRESETS[preset] | given | {"iterations": args.crf_iterations, "backend": args.crf_backend}
+
+
+def one_core():
+    """Start of a worker process: one thread, and Ctrl-C is its parent's business."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def throw(error):
+    raise error
+
+
+def in_order(ids, prepare, work, workers):
+    """For each id, the id and a function that gives work(*prepare(id)) or raises.
+
+    With workers, work runs in so many processes of one core each, a few ids ahead: a CRF takes longer than a network.
+    """
+    if not workers:
+        for name in ids:
+            yield name, lambda: work(*prepare(name))
+        return
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")  # no fork has CUDA
+    with ProcessPoolExecutor(workers, context, one_core) as pool:
+        waiting = deque()
+        for name in ids:
+            try:
+                waiting.append((name, pool.submit(work, *prepare(name)).result))
+            except BadInput as error:
+                waiting.append((name, functools.partial(throw, error)))
+            if len(waiting) > workers:
+                yield waiting.popleft()
+        yield from waiting
 
 
 def read_prediction(path, size, num_classes):
@@ -536,6 +604,15 @@ def finish(failed):
     return 1 if failed else 0
 
 
+def keep(truth, prediction):
+    return truth, prediction
+
+
+def answer(truth, image, probabilities, crf):
+    """-> truth, prediction: (H, W) uint8."""
+    return truth, most_probable(image, probabilities, crf)
+
+
 def evaluate(args):
     """Predictions of a network, or label PNGs, against a list's truth: prints the table, returns the exit status."""
     voc = find_voc(args.data)
@@ -557,6 +634,9 @@ def evaluate(args):
         if trained != names:
             raise BadInput(f"{args.checkpoint}: trained on {len(trained)} classes ({' '.join(trained)}), but {voc} has "
                            f"{len(names)} ({' '.join(names)}): give the data it was trained on")
+        args.crf = crf_options(network, args)
+        if args.crf_search:
+            ids = sorted(random.Random(0).sample(ids, min(args.crf_search, len(ids))))
         require([image_path(voc, name) for name in ids], "image")
     else:
         require([args.labels / f"{name}.png" for name in ids], "label")
@@ -567,21 +647,27 @@ def evaluate(args):
         make_output_folder(args.save_png, args.labels, voc / "SegmentationClass", voc / "SegmentationClassAug",
                            args.against)
 
-    def predicted(name):                                                            # truth, prediction: (H, W) uint8
-        if network is None:
-            truth = read_label(truth_path(voc, name, args.against), None, len(names))
-            read = read_label if args.against else read_prediction
-            return truth, read(args.labels / f"{name}.png", truth.shape, len(names))
+    def read(name):                                                                 # truth and label PNG: (H, W) uint8
+        truth = read_label(truth_path(voc, name, args.against), None, len(names))
+        kind = read_label if args.against else read_prediction
+        return truth, kind(args.labels / f"{name}.png", truth.shape, len(names))
+
+    def ask(name):                                                                  # truth, image, (C, H, W)
         image = read_image(image_path(voc, name))
         truth = read_label(truth_path(voc, name), image.shape[:2], len(names))
-        return truth, predict_labels(network, image, args)
+        return truth, image, class_probabilities(network, image, args)
+
+    prepare, work = (read, keep) if network is None else (ask, functools.partial(answer, crf=args.crf))
+    workers = args.workers if args.crf and args.device.type == "cpu" else 0
+    if args.crf_search:
+        return crf_search(in_order(ids, ask, functools.partial(try_crfs, grid=crf_grid(args)), workers), len(ids), args)
 
     confusion = torch.zeros(len(names), len(names), dtype=torch.int64)              # rows the truth
     bands = {w: torch.zeros_like(confusion) for w in args.trimap}                   # the same inside each band
     per_image, failed = {}, []                                                      # mIoU of each; ids
-    for name in tqdm(ids, desc="evaluate", unit="img", disable=None):
+    for name, result in tqdm(in_order(ids, prepare, work, workers), "evaluate", len(ids), unit="img", disable=None):
         try:
-            truth, prediction = predicted(name)
+            truth, prediction = result()                                            # (H, W) uint8 each
         except BadInput as error:
             if network is None:                         # seconds of work: nothing is lost by mending the file first
                 raise
@@ -611,11 +697,61 @@ def evaluate(args):
         temporary = Path(f"{args.json}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(temporary, args.json)
-    save_pictures(voc, per_image, predicted, network, names, args)
+    save_pictures(voc, per_image, lambda name: work(*prepare(name)), network, names, args)
     if args.trimap_plot:
         runs = {"/".join(Path(args.json or args.checkpoint or args.labels).parts[-2:]): result["trimap"], **others}
         args.trimap_plot.parent.mkdir(parents=True, exist_ok=True)
         save_picture(args.trimap_plot, trimap_picture(voc, next(iter(per_image)), runs, args))
+    return finish(failed)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# parameters of the CRF (BoxSup, Sect. 5.1: "a held-out 100 random validation images are used [...] to set
+# hyper-parameters")
+
+# PAPER SILENT: which parameters were tried; the weight and the two widths of the kernel that knows colours, on a coarse
+# grid around the presets. The other kernel stays as it is: it matters little.
+GRID = {"xy": (33, 67, 121), "rgb": (3, 5, 10), "w": (2, 4, 7)}
+
+
+def crf_grid(args):
+    """The parameter sets to try, as dense_crf's options, those of --crf among them."""
+    sets = [args.crf | dict(zip(GRID, values)) for values in itertools.product(*GRID.values())]
+    return sets if args.crf in sets else [args.crf, *sets]
+
+
+def try_crfs(truth, image, probabilities, grid):
+    """Confusion matrices (S, C, C) int64 of one image, for each parameter set. A lattice serves all its weights."""
+    pixels, unary = torch.from_numpy(image).to(probabilities.device), unary_energy(probabilities)
+    truth, built, confusions = torch.from_numpy(truth).to(probabilities.device), None, []
+    with torch.no_grad():
+        for crf in grid:
+            if built != (built := (crf["xy"], crf["rgb"], crf["gaussian_xy"])):
+                bilateral, gaussian = crf_kernels(pixels, *built)
+            q = mean_field(unary, [(crf["gaussian_w"], gaussian), (crf["w"], bilateral)], crf["iterations"])
+            confusions.append(confusion_matrix(q.argmax(1).view(truth.shape), truth, len(probabilities)).cpu())
+    return torch.stack(confusions)
+
+
+def crf_search(results, count, args):
+    """--crf-search: mIoU of each parameter set over the images, best first."""
+    grid, total, failed = crf_grid(args), 0, []
+    for name, result in tqdm(results, "CRF search", count, unit="img", disable=None):
+        try:
+            total = total + result()                                                # (S, C, C)
+        except BadInput as error:
+            report(error)
+            failed.append(name)
+    scored = sorted(((iou(confusion).nanmean().item(), crf) for confusion, crf in zip(total, grid)),
+                    key=lambda pair: -pair[0]) if len(failed) < count else []
+    print(f"mIoU (%) of {len(grid)} parameter sets on {count - len(failed)} images\n\n   mIoU      w     xy    rgb")
+    for miou, crf in scored:
+        print(f"{100 * miou:7.2f}{crf['w']:7g}{crf['xy']:7g}{crf['rgb']:7g}" + ("   the preset" * (crf == args.crf)))
+    if args.json:
+        args.json.write_text(json.dumps([{"miou": miou, **crf} for miou, crf in scored], indent=1) + "\n")
+    if scored:
+        best = scored[0][1]
+        print(f"\nto use the best: --crf --crf-w {best['w']:g} --crf-xy {best['xy']:g} --crf-rgb {best['rgb']:g}")
     return finish(failed)
 
 
@@ -627,6 +763,7 @@ def predict_folder(args):
     if not args.images.is_dir():
         raise BadInput(f"no folder {args.images}: --images wants a folder of pictures")
     network, names = load_checkpoint(args.checkpoint, args.device)
+    args.crf = crf_options(network, args)
     paths = sorted(path for path in args.images.iterdir() if path.suffix.lower() in SUFFIXES)
     if args.list:                                       # e.g. VOC's test images, all of which lie in JPEGImages
         by_id = {path.stem: path for path in paths}
@@ -672,7 +809,7 @@ def main(argv):
     add = parser.add_argument
     add("--data", default="VOCdevkit", help="VOCdevkit, or the VOC2012 folder in it (default %(default)s)")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", help="score this network, a .pt file of train_box2seg.py")
+    what.add_argument("--checkpoint", help="score this network, a .pt file of train_box2seg.py or train_boxsup.py")
     what.add_argument("--labels", type=Path, metavar="DIR", help="score the label PNGs <id>.png in this folder")
     add("--against", type=Path, metavar="DIR", help="compare --labels with the label PNGs of this folder, which takes "
         "the truth's place: all that both have, unless --split or --list says which; 255 in either is left out")
@@ -682,6 +819,17 @@ def main(argv):
         help="mean of the predictions at these scales of the image (ours: %(default)s; paper, for BoxSup+, Sect. 5.1: "
         "0.8 1.0 1.2)")
     add("--flip", action="store_true", help="and of those for the mirrored image (ours: off)")
+
+    add = parser.add_argument_group("dense CRF on the predictions (crf.py)").add_argument
+    add("--crf", nargs="?", const="auto", choices=["auto", *PRESETS], metavar="PRESET", help="refine them (paper), "
+        "with the parameters for a vgg16 or a resnet101 (ours: that which is more like the network)")
+    add("--crf-w", type=float, metavar="W", help="weight of the kernel that knows colours, instead of the preset's")
+    add("--crf-xy", type=float, metavar="PIXELS", help="how far it reaches")
+    add("--crf-rgb", type=float, metavar="STEPS", help="how unlike, of 256 steps, colours may be")
+    add("--crf-iterations", type=int, default=10, metavar="N", help="of the mean field (ours: %(default)s)")
+    add("--crf-backend", default="torch", choices=["torch", "pydensecrf"], help="(ours: %(default)s)")
+    add("--crf-search", type=int, nargs="?", const=100, metavar="N", help="score a grid of parameters on N random "
+        "images of the list (paper, BoxSup Sect. 5.1: 100), which should not be those that are reported")
 
     add = parser.add_argument_group("output, besides the table").add_argument
     add("--json", type=Path, metavar="FILE", help="the scores, 0..1")
@@ -716,6 +864,8 @@ def main(argv):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
     add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
         help="mixed precision; auto: bf16 on CUDA, off on the CPU (ours: %(default)s)")
+    add("--workers", type=int, default=os.cpu_count(), help="CRFs at a time on the CPU, each on one core (default "
+        "here: %(default)s)")
     args = parser.parse_args(argv)
 
     if bool(args.images) != bool(args.out) or (args.images and not args.checkpoint):
@@ -729,6 +879,11 @@ def main(argv):
     args.trimap = sorted(set(args.trimap or ()))
     if not all(0 < number < math.inf for number in [*args.scales, *args.trimap, args.num_pictures]):
         parser.error("--scales, --trimap and --num-pictures must be above 0")
+    if (args.crf or args.crf_search is not None) and not args.checkpoint:
+        parser.error("--crf goes with --checkpoint: label PNGs hold no probabilities")
+    if not all(value is None or 0 < value < math.inf for value in (args.crf_w, args.crf_xy, args.crf_rgb,
+                                                                   args.crf_search, args.crf_iterations)):
+        parser.error("--crf-w, --crf-xy, --crf-rgb, --crf-search and --crf-iterations must be above 0")
     try:
         args.device = usable_device(args.device)
         return predict_folder(args) if args.images else evaluate(args)

@@ -1,70 +1,138 @@
-"""Run rows of Box2Seg's Table 3 (and 4) over several seeds and print them as a table, mean and spread.
+"""Run rows of the papers' tables over several seeds and print them as a table, mean and spread.
 
-    python tests/ablation.py --data toy/VOCdevkit                                     # all of Table 3, 3 seeds
+    python tests/ablation.py --data toy/VOCdevkit                                     # Box2Seg, Table 3, 3 seeds
+    python tests/ablation.py --data toy/VOCdevkit --paper boxsup                      # BoxSup, Tables 1 to 3
     python tests/ablation.py --data toy/VOCdevkit --rows grabcut box2seg --seeds 0 1 2 3 4
     python tests/ablation.py --data toy/VOCdevkit -- --epochs 30 --lr 0.01            # flags after -- go to every run
 
-Each row is the command `train_box2seg.py --loss ROW --seed SEED`, whose folder is OUT/ROW-SEED. The score is that of
-the last epoch, not of the best one: choosing the best epoch on the pictures that are reported would flatter every row.
-A second call runs only what is missing, and goes on with what was interrupted.
+Each row is one command, such as `train_box2seg.py --loss ROW --seed SEED`, whose folder is OUT/ROW-SEED, and whose
+output goes to OUT/ROW-SEED.log. The score is that of the last epoch, not of the best one: choosing the best epoch on
+the pictures that are reported would flatter every row. A second call runs only what is missing, and goes on with what was
+interrupted. Without a GPU as many runs go on side by side as there are cores, one core each, which does more than one
+run on all of them.
 """
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
-TABLE3 = ["box", "grabcut", "affinity", "aw-box", "aw-fr", "box2seg"]
-PAPER = {"box": 59.3, "grabcut": 72.7, "affinity": 73.9, "aw-box": 74.1, "aw-fr": 74.6, "box2seg": 74.9, "mask": 73.6,
-         "mask-aw": 75.1}
+import torch
+
+# row: (flags, mIoU in the paper on VOC 2012 val)
+TABLES = {
+    "box2seg": {  # Tables 3 and 4
+        "box": (["--loss", "box"], 59.3), "grabcut": (["--loss", "grabcut"], 72.7),
+        "affinity": (["--loss", "affinity"], 73.9), "aw-box": (["--loss", "aw-box"], 74.1),
+        "aw-fr": (["--loss", "aw-fr"], 74.6), "box2seg": (["--loss", "box2seg"], 74.9),
+        "mask": (["--loss", "mask"], 73.6), "mask-aw": (["--loss", "mask-aw"], 75.1),
+        "filling-rate": (["--loss", "filling-rate"], "-")},
+    "boxsup": {  # Tables 2, 3 and 1
+        "rectangles": (["--labels", "rectangles"], 52.3), "grabcut": (["--labels", "grabcut"], 55.2),
+        "no-sampling": (["--top-k", "1"], 59.7), "boxsup": ([], 62.0), "ss": (["--method", "ss"], 59.5),
+        "gop": (["--method", "gop"], 60.4), "masks": (["--labels", "masks"], 63.8)}}
+DEFAULT = {"box2seg": ["box", "grabcut", "affinity", "aw-box", "aw-fr", "box2seg", "mask"],
+           "boxsup": list(TABLES["boxsup"])}
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def final_miou(folder, epochs):
-    """mIoU of the last epoch of a finished run, None for one that is not finished."""
-    log = folder / "log.jsonl"
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    scores = [r["miou"] for r in records if "miou" in r and r["stage"] == 2 and r["epoch"] == epochs]
-    return scores[-1] if scores else None
+def read_scores(folder):
+    """A finished run's folder -> {"miou": of the last epoch, "masks": those of BoxSup's first and last labels}."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    masks = [record["mask_miou"] for record in records if "mask_miou" in record]
+    return {"miou": [record["miou"] for record in records if "miou" in record][-1], "masks": masks[:1] + masks[-1:]}
+
+
+def prepare(args):
+    """Labels and candidates that several runs would otherwise make at the same time."""
+    flags = ["--data", args.data]
+    made = [["grabcut_labels.py", *flags]]
+    if args.paper == "boxsup":
+        methods = {row if row in ("ss", "gop") else "mcg" for row in args.rows} if set(args.rows) & {
+            "boxsup", "no-sampling", "ss", "gop"} else set()
+        made += [["mcg_candidates.py", *flags, "--method", method] for method in sorted(methods)]
+    for script, *rest in made:
+        print("$ python", script, *rest, flush=True)
+        if subprocess.run([sys.executable, ROOT / script, *rest]).returncode:
+            sys.exit(f"{script} failed")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", default="toy/VOCdevkit")
-    parser.add_argument("--rows", nargs="+", default=TABLE3, choices=list(PAPER) + ["filling-rate"], metavar="ROW")
+    parser.add_argument("--paper", default="box2seg", choices=list(TABLES), help="default %(default)s")
+    parser.add_argument("--data", default="toy/VOCdevkit", help="default %(default)s")
+    parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: those of Table 3, and mask; all of BoxSup's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--out", default="runs/ablation", help="default %(default)s")
+    parser.add_argument("--out", help="default runs/ablation-PAPER")
     parser.add_argument("--recipe", default="small", help="default %(default)s")
-    parser.add_argument("rest", nargs="*", help="after --: flags of train_box2seg.py")
+    parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), metavar="N",
+                        help="runs side by side (default here: %(default)s)")
+    parser.add_argument("rest", nargs="*", help="after --: flags of the training script")
     args = parser.parse_args()
+    table = TABLES[args.paper]
+    args.rows = args.rows or DEFAULT[args.paper]
+    if unknown := set(args.rows) - set(table):
+        parser.error(f"--rows {' '.join(sorted(unknown))}: known are {' '.join(table)}")
+    out = Path(args.out or f"runs/ablation-{args.paper}")
+    out.mkdir(parents=True, exist_ok=True)
+    prepare(args)
 
-    script = Path(__file__).resolve().parent.parent / "train_box2seg.py"
-    scores = {row: [] for row in args.rows}
-    for seed in args.seeds:  # seed by seed: a table of all rows stands early
+    waiting = []  # (folder, command), seed by seed: a table of all rows stands early
+    for seed in args.seeds:
         for row in args.rows:
-            folder = Path(args.out) / f"{row}-{seed}"
-            command = [sys.executable, script, "--out", folder]
+            folder = out / f"{row}-{seed}"
+            command = [sys.executable, ROOT / f"train_{args.paper}.py", "--out", folder]
             if (folder / "last.pt").exists():
                 command += ["--resume"]
             else:
-                command += ["--data", args.data, "--recipe", args.recipe, "--loss", row, "--seed", seed, *args.rest]
-            done = folder / "done.json"
-            if not done.exists():
-                print("$", *map(str, command), flush=True)
-                if subprocess.run(list(map(str, command))).returncode:
-                    sys.exit(f"{row}, seed {seed} failed or was interrupted; the same command goes on")
-                epochs = json.loads((folder / "log.jsonl").read_text().split("\n")[0])["args"]["epochs"]
-                done.write_text(json.dumps({"miou": final_miou(folder, epochs)}))
-            scores[row].append(json.loads(done.read_text())["miou"])
+                command += ["--data", args.data, "--recipe", args.recipe, *table[row][0], "--seed", seed,
+                            *(["--workers", 0] if args.jobs > 1 else []), *args.rest]
+            if not (folder / "done.json").exists():
+                waiting.append((folder, list(map(str, command))))
 
+    running, failed = {}, []  # process: its folder
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})
+    try:
+        while waiting or running:
+            while waiting and len(running) < args.jobs:
+                folder, command = waiting.pop(0)
+                print("$", *command, flush=True)
+                with open(f"{folder}.log", "a") as log:
+                    running[subprocess.Popen(command, env=environment, stdout=log, stderr=log)] = folder
+            time.sleep(0.5)
+            for process in [process for process in running if process.poll() is not None]:
+                folder = running.pop(process)
+                if process.returncode:
+                    failed.append(folder)
+                    print(f"{folder}: failed, see {folder}.log", file=sys.stderr, flush=True)
+                    continue
+                scores = read_scores(folder)
+                (folder / "done.json").write_text(json.dumps(scores))
+                print(f"{folder}: {100 * scores['miou']:.1f} mIoU", flush=True)
+    except KeyboardInterrupt:  # the runs have heard it too: they save and leave
+        for process in running:
+            process.wait()
+        sys.exit("interrupted; the same command goes on")
+    if failed:
+        sys.exit(f"{len(failed)} runs failed; mended, the same command goes on")
+
+    scores = {row: [json.loads((out / f"{row}-{seed}" / "done.json").read_text()) for seed in args.seeds]
+              for row in args.rows}
     print(f"\nmIoU (%) on the validation pictures, last epoch, seeds {' '.join(map(str, args.seeds))}\n")
-    print(f"{'--loss':14}{'mean':>7}{'+- std':>8}{'min':>7}{'max':>7}{'paper, VOC':>13}   over grabcut, seed by seed")
-    for row, values in scores.items():
-        values = [100 * v for v in values]
+    print(f"{'row':14}{'mean':>7}{'+- std':>8}{'min':>7}{'max':>7}{'paper, VOC':>13}   over grabcut, seed by seed")
+    for row in args.rows:
+        values = [100 * score["miou"] for score in scores[row]]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        gain = [100 * (a - b) for a, b in zip(scores[row], scores.get("grabcut", []))]
-        print(f"{row:14}{statistics.mean(values):7.1f}{spread:8.1f}{min(values):7.1f}{max(values):7.1f}"
-              f"{PAPER.get(row, '-'):>13}   " + " ".join(f"{g:+.1f}" for g in gain))
+        over = [100 * (a["miou"] - b["miou"]) for a, b in zip(scores[row], scores.get("grabcut", []))]
+        line = (f"{row:14}{statistics.mean(values):7.1f}{spread:8.1f}{min(values):7.1f}{max(values):7.1f}"
+                f"{table[row][1]:>13}   " + " ".join(f"{gain:+.1f}" for gain in over))
+        if scores[row][0]["masks"]:
+            first, last = ([100 * score["masks"][end] for score in scores[row]] for end in (0, -1))
+            line += f"   masks {statistics.mean(first):.1f} -> {statistics.mean(last):.1f}"
+        print(line)
 
 
 if __name__ == "__main__":
