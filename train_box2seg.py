@@ -62,6 +62,7 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
 # --recipe sets these defaults; a flag of its own overrides each.
 # PAPER SILENT: batch size, crop, and how long stage 1 lasts; 16 (DeepLab's of the time is 10 to 20), 321 (DeepLab's),
 # and 5 epochs, an eighth of stage 2. The poly schedule runs anew in each stage.
+# PAPER SILENT: augmentation. Scale 0.5 to 2, flip and crop are what DeepLab and its kin of the time used.
 # PAPER SILENT: a setting for networks that start from scratch; "small" is ours, with lambda_alpha = 5 lambda_AW,
 # without which attention dies in the first steps (README.md, "Learning rate and weights").
 RECIPES = {
@@ -76,13 +77,13 @@ RECIPES = {
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
 
+# ==== shared block "random view": equal to the byte in train_box2seg.py and train_boxsup.py
 def random_crop(image, maps, rng, crop, scale_range, colour):
     """One random view: scale, flip, crop, colour. image (H, W, 3) uint8 and the label maps (H, W) move together.
 
     -> (crop, crop, 3) uint8, [(crop, crop) uint8, ...]. What lies outside the image is the mean colour, labelled 255:
     padding is unlabelled, not background.
     """
-    # PAPER SILENT: augmentation. Scale 0.5 to 2, flip and crop are what DeepLab and its kin of the time used.
     scale = rng.uniform(*scale_range)
     H, W = image.shape[:2]
     side = max(1, round(crop / scale))  # the crop is a side x side window of the original: cutting first is cheaper
@@ -105,6 +106,7 @@ def random_crop(image, maps, rng, crop, scale_range, colour):
             picture = adjust(picture, rng.uniform(1 - colour, 1 + colour))
         image = picture.permute(1, 2, 0).numpy()
     return image, maps
+# ==== end of shared block
 
 
 class Crops(torch.utils.data.Dataset):
@@ -137,6 +139,7 @@ class Crops(torch.utils.data.Dataset):
         return image, maps[0], maps[-1]  # with one label map B and labels are the same
 
 
+# ==== shared block "batches": equal to the byte in train_box2seg.py and train_boxsup.py
 def batches(n, batch_size, seed, start, stop, rank, world):
     """Batches number start to stop - 1 of an endless shuffled run over n images, this rank's share of each, as lists of
     (epoch, index). The order is a function of the seed and the batch's number, so the step is the sampler's state."""
@@ -153,8 +156,10 @@ def quiet_worker(_):
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+# ==== end of shared block
 
 
+# ==== shared block "lists and truth": equal to the byte in train_box2seg.py and train_boxsup.py
 def training_list(voc, split):
     """-> (ids, path of the list). --split, or trainaug.txt (the 10,582 images) where it exists, otherwise train.txt."""
     folder = voc / "ImageSets" / "Segmentation"
@@ -186,12 +191,14 @@ def download(source, data):
         why = " ".join(str(error).split())
         raise BadInput(f"--download failed ({why}): get VOCtrainval_11-May-2012.tar elsewhere and give its address or "
                        f"file to --download, or unpack it in {root}") from None
+# ==== end of shared block
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and log
 # ---------------------------------------------------------------------------------------------------------------------
 
+# ==== shared block "checkpoint and log": equal to the byte in train_box2seg.py and train_boxsup.py
 def save(path, state):
     """Under a temporary name first: an interrupt leaves the old checkpoint, never half of a new one."""
     torch.save(state, f"{path}.tmp")
@@ -209,8 +216,8 @@ def load(path):
 def initialize(network, path):
     """--init: take over every tensor whose shape fits -> which start fresh, as a head of another class count does."""
     report = load_matching(network, load(path)["model"])
-    if not any(name.startswith("encoder.") for name in report["loaded"]):
-        raise BadInput(f"{path}: nothing in it fits {network.arch['backbone']}: give the --backbone that it has")
+    if not any(name.startswith(("encoder.", "features.")) for name in report["loaded"]):
+        raise BadInput(f"{path}: nothing in it fits this network: give the --backbone that it has")
     fresh = report["missing"] + report["reshaped"]
     return f"{path}: {len(report['loaded'])} tensors taken over, " + (f"fresh: {', '.join(fresh)}" if fresh else "all")
 
@@ -241,12 +248,14 @@ def trim_log(path, stage, step):
             kept.append(line + "\n")
     Path(f"{path}.tmp").write_text("".join(kept))
     os.replace(f"{path}.tmp", path)
+# ==== end of shared block
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation
 # ---------------------------------------------------------------------------------------------------------------------
 
+# ==== shared block "validation": equal to the byte in train_box2seg.py and train_boxsup.py
 def validate(network, voc, ids, num_classes, scale, autocast, rank, world):
     """mIoU in 0..1 over the list, at the images' own resolution; each process takes its share of the images."""
     device = next(network.parameters()).device
@@ -263,6 +272,7 @@ def validate(network, voc, ids, num_classes, scale, autocast, rank, world):
     if world > 1:
         dist.all_reduce(confusion)
     return losses.iou(confusion).nanmean().item()
+# ==== end of shared block
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -7,9 +7,9 @@
 
 Each row is one command, such as `train_box2seg.py --loss ROW --seed SEED`, whose folder is OUT/ROW-SEED, and whose
 output goes to OUT/ROW-SEED.log. The score is that of the last epoch, not of the best one: choosing the best epoch on
-the pictures that are reported would flatter every row. A second call runs only what is missing, and goes on with what was
-interrupted. Without a GPU as many runs go on side by side as there are cores, one core each, which does more than one
-run on all of them.
+the pictures that are reported would flatter every row. A second call runs only what is missing, and goes on with what
+was interrupted. Without a GPU as many runs go on side by side as there are cores, one core each, which does more than
+one run on all of them.
 """
 import argparse
 import json

@@ -1,0 +1,1186 @@
+"""
+Pictures to candidate segments: the pool from which BoxSup draws its masks (Dai et al., ICCV 2015, Sect. 4.1).
+
+    python mcg_candidates.py --data VOCdevkit                              candidates for all of trainaug (or train)
+    python mcg_candidates.py --data VOCdevkit --method ss                  ... by Selective Search: Table 3 (gop: GOP)
+    python mcg_candidates.py --coco instances_train2014.json --images train2014 --out coco_candidates
+                                                                           extra boxes, for Tables 1 and 4
+    python mcg_candidates.py --image FILE --box X0 Y0 X1 Y1                look at those that fit a box best
+
+Reads   VOC2012/JPEGImages/<id>.jpg, Annotations/<id>.xml, ImageSets/Segmentation/<split>.txt, class_names.txt if there
+        (or a COCO instances_*.json and its pictures)
+Writes  VOC2012/Candidates-mcg/<id>.npz (-ss, -gop), 3,500 segments at most, best first, and source.json:
+
+    superpixels      (H, W) int32   ids 0..R-1; every segment is a union of superpixels
+    members          (N, R) bool    segment n holds superpixel r; packed along axis 1 by numpy.packbits
+    candidate_boxes  (N, 4) int32   the segments' tight boxes: x0, y0, x1, y1, 0-based, half-open
+    boxes, classes   (K, 4) int32, (K,) uint8   the annotation's, as in grabcut_labels.py
+    source.json      {"images": where the pictures are, from that folder on; "class_names": [...]; "method": ...}
+
+A segment has no class yet: which one a box takes is the training's affair (train_boxsup.py, Eq. 2 to 4). The segments
+come from the pixels alone. No learned model is shipped: the published MCG reads contours from a structured forest and
+ranks by a random forest, and the published GOP learns its seeds, all trained on masks; here contours, ranks and seeds
+follow from the picture by rule. What exists is kept: a second run makes only what is missing, so a run may be
+interrupted at any time. Delete the folder to make it anew. Expect 1.2 s (mcg), 1.1 s (ss), 0.3 s (gop) of one core
+and about 100 KB for a picture of VOC's size.
+"""
+import argparse
+import heapq
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import xml.etree.ElementTree as ElementTree
+import zipfile
+import zlib
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+# ==== shared block "VOC on disk": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+               "person pottedplant sheep sofa train tvmonitor").split()
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message is one line that names the file and the remedy."""
+
+
+def find_voc(data):
+    """--data (a VOCdevkit, or the VOC2012 folder in it) -> Path of the folder that holds JPEGImages."""
+    for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
+        if (folder / "JPEGImages").is_dir():
+            return folder
+    raise BadInput(f"no VOC data in {data}: wanted {data}/VOC2012/JPEGImages")
+
+
+def class_names(voc):
+    """VOC's 21 names, or those of a class_names.txt beside JPEGImages (one a line, background first)."""
+    path = Path(voc) / "class_names.txt"
+    names = path.read_text().split("\n") if path.exists() else VOC_CLASSES
+    names = [name.strip() for name in names if name.strip()]
+    if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
+        raise BadInput(f"{path}: wanted 2 to 255 different names, one a line, background first")
+    return names
+
+
+def read_list(path):
+    """An ImageSets list -> image ids in order. The first word of each line is the id; empty lines are skipped."""
+    if not Path(path).is_file():
+        raise BadInput(f"no image list {path}: write one id a line (file names without .jpg)")
+    ids = [line.split()[0] for line in Path(path).read_text().splitlines() if line.strip()]
+    if not ids or len(set(ids)) < len(ids):
+        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": wanted one id a line")
+    return ids
+# ==== end of shared block
+
+
+# ==== shared block "pictures and labels": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+def voc_palette():
+    """VOC's colours, (256, 3) uint8: bits 0, 1, 2 of the index give the high bit of R, G, B, bits 3, 4, 5 the next."""
+    bits = [[(np.arange(256) >> (3 * k + c) & 1) << (7 - k) for k in range(3)] for c in range(3)]
+    return np.array(bits).sum(1).T.astype(np.uint8)
+
+
+def read_image(path):
+    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
+    try:
+        return np.array(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))  # Pillow raises on a cut-off JPEG
+    except FileNotFoundError:
+        raise BadInput(f"no image {path}") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{path}: not a readable image ({error}): fetch it again or take its id off the list") from None
+
+
+def read_label(path, size=None, num_classes=None):
+    """A label PNG -> (H, W) uint8 class index per pixel, 255 ignored. size is (H, W) of the image it belongs to."""
+    try:
+        png = Image.open(path)
+        labels = np.array(png)  # of a palette PNG the indices, not the colours
+    except FileNotFoundError:
+        raise BadInput(f"no label {path}") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise BadInput(f"{path}: not a readable PNG ({error}): make or fetch it again") from None
+    if png.mode not in ("P", "L"):
+        raise BadInput(f"{path}: a {png.mode} picture, not class indices: save it as an 8-bit palette PNG")
+    if size is not None and labels.shape != tuple(size):
+        raise BadInput(f"{path}: {labels.shape[1]}x{labels.shape[0]}, its image {size[1]}x{size[0]}: make it again")
+    if num_classes is not None and (worst := labels[labels < 255].max(initial=0)) >= num_classes:
+        raise BadInput(f"{path}: holds class {worst}, but there are {num_classes} classes: check class_names.txt")
+    return labels
+
+
+def write_label(path, labels):
+    """(H, W) class indices -> 8-bit palette PNG, under a temporary name first, so that no half file is ever seen."""
+    png = Image.fromarray(np.asarray(labels, np.uint8), "L")
+    png.putpalette(voc_palette().tobytes())  # makes it mode P, indices unchanged
+    temporary = f"{path}.{os.getpid()}.tmp"
+    png.save(temporary, "PNG")
+    os.replace(temporary, path)
+# ==== end of shared block
+
+
+# ==== shared block "boxes of an annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def clip_box(corners, size, where):
+    """Corners x0, y0, x1, y1 (0-based, half-open, any order of magnitude) -> the four ints, clipped to (H, W)."""
+    x0, y0, x1, y1 = corners
+    height, width = size
+    clipped = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        raise BadInput(f"{where}: box {x0} {y0} {x1} {y1} has no area inside the {width}x{height} image: mend it")
+    return clipped
+
+
+def read_boxes(xml_path, names, size):
+    """A VOC annotation -> boxes (K, 4) int32 x0, y0, x1, y1 (0-based, half-open, clipped) and classes (K,) uint8.
+
+    names: class_names(...), background first; size: (H, W) of the image. VOC's corners are 1-based and inclusive, some
+    are floats. Objects marked difficult are kept: they are there in the picture. Raises BadInput.
+    """
+    try:
+        root = ElementTree.parse(xml_path).getroot()
+    except FileNotFoundError:
+        raise BadInput(f"no annotation {xml_path}") from None
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
+        raise BadInput(f"{xml_path}: not readable XML ({error}): fetch it again or take its id off the list") from None
+    boxes, classes = [], []
+    for thing in root.findall("object"):  # direct children only, here and below: a <part> inside is no object
+        name = (thing.findtext("name") or "").strip()
+        if name not in names[1:]:
+            raise BadInput(f"{xml_path}: unknown class {name!r}; known are {', '.join(names[1:])}")
+        try:
+            corners = [float(thing.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            xmin, ymin, xmax, ymax = (int(np.floor(corner + 0.5)) for corner in corners)  # int() refuses nan and inf
+        except (TypeError, ValueError, OverflowError):
+            raise BadInput(f"{xml_path}: a {name} without xmin, ymin, xmax, ymax in its bndbox: mend it") from None
+        boxes.append(clip_box((xmin - 1, ymin - 1, xmax, ymax), size, xml_path))
+        classes.append(names.index(name))
+    return np.array(boxes, np.int32).reshape(-1, 4), np.array(classes, np.uint8)
+
+
+def larger_first(boxes):
+    """Order in which boxes are painted, so that the smaller one ends up on top (Sect. 3.1)."""
+    boxes = np.asarray(boxes, np.int64).reshape(-1, 4)
+    # PAPER SILENT: what a box's size is; its area inside the image, and of two equal ones the later annotated is on top
+    return np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
+
+
+def box_mask(boxes, classes, size):
+    """Boxes (K, 4), classes (K,), size (H, W) -> B, (H, W) uint8: the smallest surrounding box's class, 0 in none."""
+    mask = np.zeros(size, np.uint8)
+    for k in larger_first(boxes):
+        x0, y0, x1, y1 = boxes[k]
+        mask[y0:y1, x0:x1] = classes[k]
+    return mask
+# ==== end of shared block
+
+
+# ---- Multiscale Combinatorial Grouping
+# Arbelaez, Pont-Tuset, Barron, Marques, Malik, "Multiscale Combinatorial Grouping", CVPR 2014: contours at several
+# scales, a tree of regions from each, and small groups of neighbouring regions from each tree. Its two learned parts
+# are not shipped, since both were trained on masks: its contours come from a structured forest, its ranking from a
+# random forest. Here contours are distances of local histograms, as in gPb (Arbelaez et al., PAMI 2011), and the
+# ranking is the place in the tree, from its root down. The constants are ours, chosen on some 50 pictures of VOC's
+# train by the measures of tests/candidate_quality.py, where most of them make little difference.
+SCALES = 1, 2, 4                              # contours are computed on the picture and on reductions by 2 and 4
+SHORTEST_SIDE = 64                            # pixels; a reduction that leaves less is not used: contours would wander
+WORKING_AREA = 250_000                        # pixels; a larger picture is reduced to this (VOC's never are)
+SIGMA, OFFSET = 2.0, 3.0                      # pixels: the windows compared on the two sides of a contour
+BINS, WIDTHS, MIDDLES = (8, 8, 8), (14, 9, 9), (50, 0, 0)           # histograms of L, a, b, in units of Lab
+TEXTURE, FAINT = 1.0, 8.0                     # weight of the orientation histogram; slope of L that is half an edge
+GRID, TILT = 9, 0.004                         # pixels: superpixels of even size where nothing else decides
+MOST_SUPERPIXELS = 2500
+EIGENVECTORS, SPREAD, SPECTRAL = 12, 0.1, 0.3    # affinity exp(-strength / SPREAD); share of the spectral strength
+AREA_POWER = 0.1                              # small regions are merged first, however faintly preferred
+ALIVE = 300, 80, 25                           # pairs, triplets, 4-tuples are noted when so few regions are left
+LONGEST = 1100                                # at most, of each list (a tree's groups of one size)
+JACCARD = 0.95                                # above: near duplicates
+
+
+def soft_bins(values, width, count, middle=0.0):
+    """(H, W) float32 -> list of `count` maps (H, W) that add up to 1: a value is shared by its two nearest bins.
+
+    The bins' centres are `width` apart, `middle` in their middle; what lies beyond the outermost belongs to it.
+    """
+    position = ((values - middle) / width + (count - 1) / 2).clip(0, count - 1)
+    return [(1 - np.abs(position - k)).clip(0) for k in range(count)]
+
+
+def contour_channels(image):
+    """(H, W, 3) uint8 RGB -> four lists of maps (H, W): soft histograms of L, a, b, edge orientation."""
+    lab = to_lab(image)
+    lists = [soft_bins(lab[..., c], WIDTHS[c], BINS[c], MIDDLES[c]) for c in range(3)]
+    smooth = cv2.GaussianBlur(np.ascontiguousarray(lab[..., 0]), (0, 0), 0.7)
+    dx, dy = (cv2.Sobel(smooth, cv2.CV_32F, *axis, scale=1 / 4) for axis in ((1, 0), (0, 1)))
+    size = cv2.magnitude(dx, dy)
+    edge = size / (size + FAINT)                                                 # 0 on a plain surface, to 1 on an edge
+    turn = (np.arctan2(dy, dx) % np.pi) * (8 / np.pi)                            # 0..8, and 8 is 0 again
+    away = [np.abs(turn - k) for k in range(8)]
+    lists.append([edge * (1 - np.minimum(d, 8 - d)).clip(0) for d in away] + [1 - edge])
+    return lists
+
+
+def contour_strength(image):
+    """(H, W, 3) uint8 RGB -> (8, H, W) float32 in 0..1: strength of a contour whose normal is at k * 22.5 degrees.
+
+    Angles run from x (right) to y (down). Two Gaussian windows, OFFSET to either side along the normal, each give a
+    histogram, g and h; the strength is their Hellinger distance sqrt(1 - sum_k sqrt(g_k h_k)), averaged over L, a, b
+    and texture.
+    """
+    height, width = image.shape[:2]
+    pad = int(np.ceil(OFFSET))
+    steps = [(round(OFFSET * np.cos(k * np.pi / 8)), round(OFFSET * np.sin(k * np.pi / 8))) for k in range(8)]
+    strength = np.zeros((8, height, width), np.float32)
+    for maps, weight in zip(contour_channels(image), (1, 1, 1, TEXTURE)):
+        common = np.zeros((8, height, width), np.float32)                        # sum_k sqrt(g_k h_k)
+        for bin_map in maps:
+            root = np.sqrt(cv2.GaussianBlur(bin_map, (0, 0), SIGMA))
+            root = cv2.copyMakeBorder(root, pad, pad, pad, pad, cv2.BORDER_REPLICATE)
+            for angle, (x, y) in enumerate(steps):
+                one = root[pad + y:pad + y + height, pad + x:pad + x + width]
+                other = root[pad - y:pad - y + height, pad - x:pad - x + width]
+                cv2.accumulateProduct(one, other, common[angle])
+        strength += weight * np.sqrt((1 - common).clip(0))
+    return strength / (3 + TEXTURE)
+
+
+def descend(heights):
+    """(H, W) float32 contour map -> (H, W) int32 superpixels: pixels whose steepest descent ends in the same minimum.
+
+    Each pixel points to the lowest of itself and its four neighbours; following pointers of pointers, a path of n steps
+    takes log2(n) rounds. A faint egg-box of period GRID makes superpixels of even size where there is no contour.
+    """
+    height, width = heights.shape
+    own = np.arange(height * width).reshape(height, width)
+    wave = [np.cos(2 * np.pi / GRID * np.arange(n, dtype=np.float32)) for n in (height, width)]
+    heights = heights - TILT * (wave[0][:, None] + wave[1])
+    while True:
+        lowest, target = heights.copy(), own.copy()
+        for here, there in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:-1], np.s_[1:]),
+                            (np.s_[1:], np.s_[:-1])):
+            lower = heights[there] < lowest[here]
+            lowest[here][lower] = heights[there][lower]
+            target[here][lower] = own[there][lower]
+        target = target.ravel()
+        while not np.array_equal(target, target[target]):
+            target = target[target]
+        minima, superpixels = np.unique(target, return_inverse=True)
+        if len(minima) <= MOST_SUPERPIXELS:
+            return superpixels.reshape(height, width).astype(np.int32)
+        heights = cv2.GaussianBlur(heights, (0, 0), 2)  # noise: fewer minima
+
+
+def border_arcs(superpixels):
+    """(H, W) ids -> the arcs, that is the borders between two superpixels, as a dict of arrays.
+
+    pairs (A, 2) ids, first < second; length (A,) in pixel edges; angle (A,) of the normal, 0..pi; and for each of the E
+    pixel edges: arc (E,), first and second (E,), the flat indices of the pixels on its two sides.
+    """
+    flat, count = superpixels.ravel(), int(superpixels.max()) + 1
+    own = np.arange(flat.size).reshape(superpixels.shape)
+    first = np.concatenate([own[:, :-1].ravel(), own[:-1].ravel()])
+    second = np.concatenate([own[:, 1:].ravel(), own[1:].ravel()])               # right, then lower neighbours
+    on_border = flat[first] != flat[second]
+    first, second = first[on_border], second[on_border]
+    p, q = flat[first].astype(np.int64), flat[second].astype(np.int64)
+    keys, arc = np.unique(np.minimum(p, q) * count + np.maximum(p, q), return_inverse=True)
+    # The unit normals of the edges, all pointing to the larger id, add up to the normal of the line from the arc's one
+    # end to its other.
+    sign = np.where(p < q, 1, -1)
+    down = second - first > 1 if superpixels.shape[1] > 1 else np.ones(len(first), bool)
+    normal_x, normal_y = (np.bincount(arc, sign * part, len(keys)) for part in (~down, down))
+    return {"pairs": np.stack([keys // count, keys % count], 1), "length": np.bincount(arc, minlength=len(keys)),
+            "angle": np.arctan2(normal_y, normal_x) % np.pi, "arc": arc, "first": first, "second": second}
+
+
+def along_arcs(strength, arcs):
+    """(8, H, W) contour strength -> (A,) its mean along each arc, read at the arc's own angle, between two of the 8."""
+    flat = strength.reshape(8, -1)
+    turn = arcs["angle"] * (8 / np.pi)
+    below = np.floor(turn).astype(int)
+    share, below = (turn - below)[arcs["arc"]], below[arcs["arc"]]
+    sides = [(1 - share) * flat[below % 8, pixel] + share * flat[(below + 1) % 8, pixel]
+             for pixel in (arcs["first"], arcs["second"])]
+    return np.bincount(arcs["arc"], sides[0] + sides[1], len(turn)) / (2 * arcs["length"])
+
+
+def graph_eigenvectors(pairs, weights, count, number=EIGENVECTORS):
+    """The smoothest non-constant vectors on a graph: (D - W) v = lambda D v, as in normalized cuts.
+
+    pairs (A, 2), weights (A,) > 0, count nodes, connected -> values (k,) ascending, vectors (count, k), v' D v = 1,
+    k = min(number, count - 1). Inverse iteration on a block of vectors: one Cholesky factor, a few solves.
+    """
+    i, j = torch.from_numpy(pairs).T
+    affinity = torch.zeros(count, count, dtype=torch.float64)
+    affinity[i, j] = affinity[j, i] = torch.as_tensor(weights, dtype=torch.float64)
+    scale = affinity.sum(1).rsqrt()                                              # D^-1/2
+    shift = 1e-5                                                                 # the smallest eigenvalue is 0
+    matrix = (1 + shift) * torch.eye(count, dtype=torch.float64) - scale[:, None] * affinity * scale
+    factor = torch.linalg.cholesky(matrix)
+    start = torch.randn(count, min(count, number + 12), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for _ in range(8):
+        start = torch.linalg.qr(torch.cholesky_solve(start, factor))[0]
+    values, rotation = torch.linalg.eigh(start.T @ matrix @ start)               # Rayleigh and Ritz
+    vectors = scale[:, None] * (start @ rotation)
+    return (values[1:number + 1] - shift).numpy(), vectors[:, 1:number + 1].numpy()
+
+
+def spectral_strength(arcs, strength, count):
+    """(A,) arc strengths -> (A,), of equal mean: the step of each eigenvector across the arc, weighted as in gPb.
+
+    A contour with a gap hardly shows in the local strength; the eigenvectors, which are nearly constant on whole parts
+    of the picture, step across the gap as well.
+    """
+    pairs, length = arcs["pairs"], arcs["length"]
+    values, vectors = graph_eigenvectors(pairs, length * np.exp(-strength / SPREAD), count)
+    steps = (np.abs(vectors[pairs[:, 0]] - vectors[pairs[:, 1]]) / np.sqrt(values.clip(1e-6))).sum(1)
+    return steps * (strength @ length) / max(steps @ length, 1e-12)
+
+
+def merge_tree(pairs, strength, length, areas, alive=ALIVE):
+    """Merges the two neighbours of least strength x min(area) ** AREA_POWER, until one region is left.
+
+    pairs (A, 2), strength, length (A,), areas (R,) -> children: R - 1 pairs of nodes (superpixels are the nodes 0..R-1,
+    the n-th merge makes node R + n); groups: three lists of connected pairs, triplets, 4-tuples of nodes. The border
+    between two regions is as strong as the mean over its length. A group is noted when its youngest node is made, if at
+    most alive[0], [1], [2] regions are there then.
+    """
+    count, areas = len(areas), list(areas)
+    near = [{} for _ in range(count)]                # near[i][j] = [strength x length, length] of the border of i and j
+    heap = []
+    for (i, j), s, n in zip(pairs.tolist(), strength.tolist(), length.tolist()):
+        near[i][j] = near[j][i] = (s * n, n)
+        heap.append((s * min(areas[i], areas[j]) ** AREA_POWER, i, j))
+    heapq.heapify(heap)
+    children, groups = [], ([], [], [])
+    while heap:
+        _, i, j = heapq.heappop(heap)
+        if near[i] is None or near[j] is None:       # one of them is merged already
+            continue
+        new = len(near)
+        around = {}
+        for old in (i, j):
+            for n, (s, l) in near[old].items():
+                if n != i and n != j:
+                    before = around.get(n, (0.0, 0))
+                    around[n] = (before[0] + s, before[1] + l)
+                    del near[n][old]
+        near[i] = near[j] = None
+        near.append(around)
+        areas.append(areas[i] + areas[j])
+        for n, (s, l) in around.items():
+            near[n][new] = (s, l)
+            heapq.heappush(heap, (s / l * min(areas[new], areas[n]) ** AREA_POWER, n, new))
+        children.append((i, j))
+        grown = {(new,)}
+        for found, most in zip(groups, alive):
+            if count - len(children) > most:
+                break
+            grown = {tuple(sorted((*group, n))) for group in grown for member in group for n in near[member]
+                     if n not in group}
+            found.extend(sorted(grown))
+    return children, groups
+
+
+def fill_holes(members, pairs, border):
+    """(N, R) bool -> the same with holes filled: what the picture's border cannot be reached from without crossing.
+
+    border: ids at the picture's border. One flood for all N at once: row r of `outside` has a bit for each segment,
+    set where superpixel r is known to be outside of it. Sweeps up and down the ids until nothing changes.
+    """
+    count = len(members)
+    padded = np.pad(members, ((0, -count % 64), (0, 0)))
+    free = ~np.packbits(np.ascontiguousarray(padded.T), axis=1).view(np.uint64)  # (R, ceil(N / 64)), not in the segment
+    outside = np.zeros_like(free)
+    outside[border] = free[border]
+    near = [[] for _ in range(members.shape[1])]
+    for i, j in pairs.tolist():
+        near[i].append(j)
+        near[j].append(i)
+    near = [np.array(ids, int) for ids in near]
+    ids = list(range(len(near)))
+    before = None
+    while before is None or not np.array_equal(outside, before):
+        before = outside.copy()
+        for r in ids + ids[::-1]:
+            outside[r] |= np.bitwise_or.reduce(outside[near[r]]) & free[r]
+    return np.ascontiguousarray(np.unpackbits(~outside.view(np.uint8), axis=1, count=count).T).astype(bool)
+
+
+def near_duplicates(members, areas, limit=JACCARD):
+    """(N, R) bool, best first -> (N,) bool: whether a better one, itself no duplicate, has Jaccard index > limit.
+
+    Two segments so alike have areas so alike: only those are compared, in order of area, as a product of matrices.
+    """
+    sizes = members @ areas
+    order = np.argsort(-sizes, kind="stable")
+    sizes = sizes[order]
+    sorted_members = torch.from_numpy(members[order]).float()
+    weighted = sorted_members * torch.from_numpy(areas).float()
+    better, worse = [], []
+    for start in range(0, len(members), 128):
+        stop = min(start + 128, len(members))
+        last = int(np.searchsorted(-sizes, -limit * sizes[stop - 1], side="right"))    # down to limit x the smallest
+        common = (weighted[start:stop] @ sorted_members[start:last].T).numpy()
+        jaccard = common / (sizes[start:stop, None] + sizes[start:last] - common)
+        i, j = (order[start + index] for index in np.nonzero(jaccard > limit))
+        better.append(np.minimum(i, j)[i != j])
+        worse.append(np.maximum(i, j)[i != j])
+    better, worse = np.concatenate(better), np.concatenate(worse)
+    by_rank = np.argsort(better, kind="stable")
+    worse, bounds = worse[by_rank], np.searchsorted(better[by_rank], np.arange(len(members) + 1))
+    dropped = np.zeros(len(members), bool)
+    for n in range(len(members)):
+        if not dropped[n]:
+            dropped[worse[bounds[n]:bounds[n + 1]]] = True
+    return dropped
+
+
+def tree_nodes(children, leaves, join):
+    """Values of the leaves (R, ...) -> values of all nodes (2R - 1, ...), a parent's being join(its two children's)."""
+    nodes = np.concatenate([leaves, np.zeros((len(children), *leaves.shape[1:]), leaves.dtype)])
+    for n, (i, j) in enumerate(children, len(leaves)):
+        nodes[n] = join(nodes[[i, j]])
+    return nodes
+
+
+def tree_groups(pairs, strength, length, areas, keys):
+    """One tree -> its four lists of groups, for sizes 1 to 4 (some may be missing), the most promising groups first.
+
+    A list is: nodes (2R - 1, R) bool, which superpixels belong to each node; group (G, size), ids of nodes; key (G,)
+    uint64. A superpixel's key is random, a union's is the sum of its parts' modulo 2^64: equal keys, equal segments.
+    """
+    children, groups = merge_tree(pairs, strength, length, areas)
+    nodes = tree_nodes(children, np.eye(len(areas), dtype=bool), lambda two: two[0] | two[1])
+    node_keys = tree_nodes(children, keys, np.sum)
+    regions = [(n,) for n in range(len(areas), len(nodes))]
+    lists = []
+    for found in (regions, *groups):
+        if found:
+            group = np.array(found[::-1][:LONGEST])  # from the root down
+            lists.append((nodes, group, node_keys[group].sum(1)))
+    return lists
+
+
+def mcg(image, max_candidates=3500):
+    """Multiscale Combinatorial Grouping: (H, W, 3) uint8 RGB of any size -> superpixels (H, W) int32, members (N, R).
+
+    Segment n, of 1 <= N <= max_candidates, is the union of the superpixels r with members[n, r] (bool); best first.
+    """
+    height, width = image.shape[:2]
+    if height * width > WORKING_AREA:
+        scale = (WORKING_AREA / (height * width)) ** 0.5
+        size = min(width, max(1, int(width * scale))), min(height, max(1, int(height * scale)))
+        superpixels, members = mcg(cv2.resize(image, size, interpolation=cv2.INTER_AREA), max_candidates)
+        return cv2.resize(superpixels, (width, height), interpolation=cv2.INTER_NEAREST), members
+
+    # 1. Contours at each scale, and their mean, all at the picture's own size. Superpixels from the mean.
+    contours = []
+    for scale in [scale for scale in SCALES if scale == 1 or min(height, width) >= SHORTEST_SIDE * scale]:
+        small = cv2.resize(image, (width // scale, height // scale), interpolation=cv2.INTER_AREA)
+        contours.append(np.stack([cv2.resize(c, (width, height)) for c in contour_strength(small)]))   # (8, H, W)
+    contours.append(sum(contours) / len(contours))
+    superpixels = descend(cv2.GaussianBlur(contours[-1].max(0), (0, 0), 1))                       # (H, W)
+    areas = np.bincount(superpixels.ravel())                                                      # (R,)
+    if len(areas) == 1:
+        return superpixels, np.ones((1, 1), bool)
+
+    # 2. Coarse contours, too, are read on the arcs of these superpixels: so there are no trees to align, as MCG must.
+    arcs = border_arcs(superpixels)
+    strengths = [along_arcs(contour, arcs) for contour in contours]                               # each (A,)
+    spectral = spectral_strength(arcs, strengths[-1], len(areas))
+    strengths = [(1 - SPECTRAL) * strength + SPECTRAL * spectral for strength in strengths]
+
+    # 3. A tree and four lists from each, interleaved: what is at the same fraction of its list stands together.
+    keys = np.random.default_rng(0).integers(0, 2 ** 64, len(areas), dtype=np.uint64)
+    lists = [groups for strength in strengths
+             for groups in tree_groups(arcs["pairs"], strength, arcs["length"], areas.tolist(), keys)]
+    place = np.concatenate([(np.arange(len(key)) + 0.5) / len(key) for _, _, key in lists])
+    order = np.argsort(place, kind="stable")
+    first = np.unique(np.concatenate([key for _, _, key in lists])[order], return_index=True)[1]  # no segment twice
+    members = np.concatenate([np.bitwise_or.reduce([nodes[part] for part in group.T]) for nodes, group, _ in lists])
+    members = members[order[np.sort(first)]]                                                      # (N, R), best first
+
+    # 4. Holes filled, near duplicates left out.
+    border = np.unique(np.concatenate([superpixels[0], superpixels[-1], superpixels[:, 0], superpixels[:, -1]]))
+    members = fill_holes(members, arcs["pairs"], border)
+    return superpixels, members[~near_duplicates(members, areas)][:max_candidates]
+# ---- end of Multiscale Combinatorial Grouping
+
+
+# ---------------------------------------------------------------- superpixels and their graph, for the two below
+def to_lab(image):
+    """(H, W, 3) uint8 RGB -> float32 L in 0..100, a, b in about -100..100."""
+    return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
+
+
+def derivatives(channels):
+    """(H, W, C) float32 -> its derivatives in x and in y, per pixel, of Gaussians with sigma 1."""
+    smooth = cv2.GaussianBlur(channels, (0, 0), 1)
+    return cv2.Sobel(smooth, cv2.CV_32F, 1, 0, scale=1 / 8), cv2.Sobel(smooth, cv2.CV_32F, 0, 1, scale=1 / 8)
+
+
+def slope(image):
+    """(H, W, 3) uint8 RGB -> (H, W) float32: how fast the colour changes, in units of Lab a pixel."""
+    dx, dy = derivatives(to_lab(image))
+    return np.sqrt((dx ** 2 + dy ** 2).sum(2))
+
+
+def watershed(image, spacing):
+    """One seed in each cell of spacing x spacing pixels, flooded -> (H, W) int32 superpixels, ids 0..R-1.
+
+    A seed lies where its cell is smoothest, so that few lie on a contour. OpenCV then floods along the smallest steps.
+    A picture of more than 4,000 such cells gets larger ones.
+    """
+    height, width = image.shape[:2]
+    spacing = max(spacing, round((height * width / 4000) ** 0.5))
+    steep = slope(image)
+    seeds, number = np.zeros((height + 2, width + 2), np.int32), 0  # OpenCV leaves the outermost pixels out: add some
+    for y in range(0, height, spacing):
+        for x in range(0, width, spacing):
+            cell = steep[y:y + spacing, x:x + spacing]
+            b, a = divmod(int(cell.argmin()), cell.shape[1])
+            number += 1
+            seeds[y + b + 1, x + a + 1] = number
+    smooth = cv2.copyMakeBorder(cv2.GaussianBlur(image, (0, 0), 0.8), 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    labels = cv2.watershed(smooth, seeds)[1:-1, 1:-1]
+    while (line := labels <= 0).any():  # between two regions OpenCV leaves a line of -1 or 0: the larger id takes it
+        grown = cv2.dilate(labels.astype(np.float32), np.ones((3, 3), np.uint8)).astype(np.int32)
+        labels = np.where(line, grown, labels)
+    return np.unique(labels, return_inverse=True)[1].reshape(height, width).astype(np.int32)
+
+
+def neighbours(superpixels, strength):
+    """-> pairs (A, 2) of neighbouring ids, first < second, and strength (H, W) averaged along their borders: (A,)."""
+    count = int(superpixels.max()) + 1
+    keys, values = [], []
+    for here, there in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):        # right and lower neighbours
+        p, q = superpixels[here].astype(np.int64), superpixels[there].astype(np.int64)
+        border = p != q
+        keys.append(np.minimum(p, q)[border] * count + np.maximum(p, q)[border])
+        values.append(np.maximum(strength[here], strength[there])[border])
+    keys, pair = np.unique(np.concatenate(keys), return_inverse=True)
+    sums = np.bincount(pair, np.concatenate(values), len(keys))
+    return np.stack([keys // count, keys % count], 1), sums / np.bincount(pair, minlength=len(keys))
+
+
+def superpixel_graph(image, superpixels):
+    """-> pairs (A, 2) of neighbours; weights (A,) in Lab units: slope at the border plus step of the mean colour."""
+    pairs, steepness = neighbours(superpixels, slope(image))
+    flat, lab = superpixels.ravel(), to_lab(image)
+    sums = np.stack([np.bincount(flat, lab[..., c].ravel()) for c in range(3)], 1)                # (R, 3)
+    mean = sums / np.bincount(flat)[:, None]
+    return pairs, steepness + np.linalg.norm(mean[pairs[:, 0]] - mean[pairs[:, 1]], axis=1)
+
+
+def extents(superpixels):
+    """-> (R, 4): x0, y0, -x1, -y1 of each one's tight box. The box around two has the smaller of each."""
+    ys, xs = np.divmod(np.arange(superpixels.size), superpixels.shape[1])
+    found = np.full((4, int(superpixels.max()) + 1), superpixels.size, np.int64)
+    for extent, position in zip(found, (xs, ys, -xs - 1, -ys - 1)):
+        np.minimum.at(extent, superpixels.ravel(), position)
+    return found.T
+
+
+def distinct(members):
+    """(N, R) bool -> its rows without those that are equal to one before."""
+    return members[np.sort(np.unique(np.packbits(members, axis=1), axis=0, return_index=True)[1])]
+
+
+# ---------------------------------------------------------------- Selective Search (Uijlings et al., IJCV 2013)
+# PAPER SILENT: in which settings Selective Search was run; three colour spaces x four sets of similarities x two
+# starting segmentations, ranked as in its paper (Sect. 3.3: position in the hierarchy times a random number). Its
+# start, Felzenszwalb and Huttenlocher's segments, is grown from superpixels here instead of pixels: so all of its
+# segments are unions of one set of superpixels, and it takes a hundredth of the steps.
+def felzenszwalb(pairs, weights, sizes, scale):
+    """Felzenszwalb and Huttenlocher (IJCV 2004) on a graph: (A, 2), (A,), sizes (R,) -> segment of each node, (R,).
+
+    Two segments merge along an arc no heavier than the heaviest inside either of them, plus scale / its size.
+    """
+    parent, sizes, inside = list(range(len(sizes))), list(sizes), [0.0] * len(sizes)
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    order = np.argsort(weights, kind="stable")
+    for (i, j), weight in zip(pairs[order].tolist(), weights[order].tolist()):
+        i, j = root(i), root(j)
+        if i != j and weight <= min(inside[i] + scale / sizes[i], inside[j] + scale / sizes[j]):
+            parent[j], inside[i] = i, weight  # arcs come sorted: this one is the heaviest so far
+            sizes[i] += sizes[j]
+    return np.unique([root(i) for i in range(len(parent))], return_inverse=True)[1]
+
+
+def histograms(channels, superpixels, bins):
+    """(H, W, C) in 0..1 -> (R, C * bins) float32 counts of pixels."""
+    count, found = int(superpixels.max()) + 1, []
+    for c in range(channels.shape[2]):
+        binned = (channels[..., c] * bins).astype(np.int32).clip(0, bins - 1)                     # (H, W)
+        found.append(np.bincount((superpixels * bins + binned).ravel(), minlength=count * bins).reshape(count, bins))
+    return np.concatenate(found, 1).astype(np.float32)
+
+
+def texture_channels(channels):
+    """(H, W, 3) -> (H, W, 24) in 0..1: derivatives in eight directions, falls cut off (they rise the other way)."""
+    dx, dy = derivatives(channels)                                                                # (H, W, 3) each
+    angles = np.arange(8) * np.pi / 4
+    rises = np.concatenate([np.maximum(np.cos(t) * dx + np.sin(t) * dy, 0) for t in angles], 2)
+    return rises / (rises.max() + 1e-9)
+
+
+def hierarchy(pairs, features, sizes, boxes):
+    """Algorithm 1: the two most similar neighbours merge, and so on -> [(i, j), ...]; the n-th makes region R + n.
+
+    pairs: (A, 2); features: (R, D), shares of each histogram, which add up to 1; sizes: (R,) in shares of the picture;
+    boxes: (R, 4), see extents, in units that make the picture's area 1. Similarity (Sect. 3.2):
+
+        s(i, j) = sum_d min(features_i, features_j) + (1 - size_i - size_j) + (1 - (size of box_ij - size_i - size_j))
+                  colour and texture                  size                    fill
+    """
+    count = len(sizes)
+    features = np.concatenate([features, np.zeros((count - 1, features.shape[1]), features.dtype)])
+    sizes = np.concatenate([sizes, np.zeros(count - 1)])
+    boxes = np.concatenate([boxes, np.zeros((count - 1, 4))])
+    near = [set() for _ in range(2 * count - 1)]
+    for i, j in pairs.tolist():
+        near[i].add(j)
+        near[j].add(i)
+
+    def similarity(i, j):
+        both, box = sizes[i] + sizes[j], np.minimum(boxes[i], boxes[j])
+        box = (box[..., 0] + box[..., 2]) * (box[..., 1] + box[..., 3])
+        return np.minimum(features[i], features[j]).sum(-1) + (1 - both) + (1 - (box - both))
+
+    heap = [(-s, i, j) for s, (i, j) in zip(similarity(pairs[:, 0], pairs[:, 1]).tolist(), pairs.tolist())]
+    heapq.heapify(heap)
+    merges = []
+    while heap:
+        _, i, j = heapq.heappop(heap)
+        if j not in near[i]:  # one of them has been merged away
+            continue
+        new = count + len(merges)
+        merges.append((i, j))
+        share = sizes[i] / (sizes[i] + sizes[j])
+        features[new] = share * features[i] + (1 - share) * features[j]
+        sizes[new], boxes[new] = sizes[i] + sizes[j], np.minimum(boxes[i], boxes[j])
+        near[new] = (near[i] | near[j]) - {i, j}
+        near[i], near[j] = set(), set()
+        others = sorted(near[new])
+        for k, s in zip(others, similarity(new, others).tolist() if others else ()):
+            near[k] = near[k] - {i, j} | {new}
+            heapq.heappush(heap, (-s, k, new))
+    return merges
+
+
+def selective_search(image, max_candidates=3500, spacing=10, scales=(0.01, 0.02)):
+    """-> superpixels (H, W) int32, members (N, R) bool, best first. About 1.1 s and 3,000 of them a VOC picture."""
+    superpixels = watershed(image, spacing)
+    sizes = np.bincount(superpixels.ravel()) / superpixels.size                                   # (R,), add up to 1
+    boxes = extents(superpixels) / (image.shape[1], image.shape[0], image.shape[1], image.shape[0])
+    pairs, weights = superpixel_graph(image, superpixels)
+    rgb = image.astype(np.float32) / 255
+    total = rgb.sum(2, keepdims=True)
+    spaces = [cv2.cvtColor(rgb, cv2.COLOR_RGB2HSV) / np.float32((360, 1, 1)),
+              (to_lab(image) + np.float32((0, 128, 128))) / np.float32((100, 256, 256)),
+              np.concatenate([rgb[..., :2] / (total + 1e-3), total / 3], 2)]                      # r, g, intensity
+    described = [(histograms(space, superpixels, 25), histograms(texture_channels(space), superpixels, 10))
+                 for space in spaces]
+    random, ranks, found = np.random.default_rng(0), [], []
+    for scale in scales:  # a segment of 1 % of the picture bears a step by 1 or 2 of Lab's units above those inside
+        segments = felzenszwalb(pairs, weights, sizes, scale)
+        start = np.arange(segments.max() + 1)[:, None] == segments                                # (S, R) bool
+        borders = np.sort(segments[pairs], 1)
+        borders = np.unique(borders[borders[:, 0] < borders[:, 1]], axis=0)                       # (A', 2)
+        start_boxes = np.stack([np.where(start, edge, 1).min(1) for edge in boxes.T], 1)
+        for colour, texture in described:
+            colour, texture = (start.astype(np.float32) @ histogram for histogram in (colour, texture))
+            colour, texture = (histogram / histogram.sum(1, keepdims=True) for histogram in (colour, texture))
+            for used in ([colour, texture], [texture], [colour], [colour[:, :0]]):                # and size and fill
+                merges = hierarchy(borders, np.concatenate(used, 1), start @ sizes, start_boxes)
+                regions = np.concatenate([start, np.zeros((len(merges), len(sizes)), bool)])
+                for new, (i, j) in enumerate(merges, len(start)):
+                    regions[new] = regions[i] | regions[j]
+                found.append(regions)
+                ranks.append(np.arange(len(regions), 0, -1) * random.random(len(regions)))        # the last merge is 1
+    best = np.argsort(np.concatenate(ranks), kind="stable")
+    return superpixels, distinct(np.concatenate(found)[best])[:max_candidates]
+
+
+# ---------------------------------------------------------------- Geodesic Object Proposals (Kraehenbuehl, Koltun)
+# PAPER SILENT: in which settings GOP (ECCV 2014) was run; its unlearned form here: seeds by geodesic distance alone,
+# and as background nothing, the picture's border, or one of its sides; on superpixels of a watershed.
+def geodesic_distance(near, sources):
+    """Dijkstra: near[i] = [(neighbour, weight), ...], sources: nodes at distance 0 -> (R,) distances."""
+    distance = [np.inf] * len(near)
+    heap = [(0.0, i) for i in sources]
+    while heap:
+        d, i = heapq.heappop(heap)
+        if d < distance[i]:
+            distance[i] = d
+            for j, weight in near[i]:
+                if d + weight < distance[j]:
+                    heapq.heappush(heap, (d + weight, j))
+    return np.array(distance)
+
+
+def critical_levels(signed, sizes, number=6, smallest=0.01, largest=0.9):
+    """Level sets of a signed distance (R,) that change least when the level does -> up to `number` rows (R,) bool.
+
+    One in each of `number` bands of area (equal steps of its logarithm, in shares of the picture): where the distance
+    leaps most from one superpixel to the next, which is at a contour.
+    """
+    order = np.argsort(signed, kind="stable")
+    leaps, areas = np.diff(signed[order]), np.cumsum(sizes[order])[:-1]
+    bands = np.searchsorted(areas, smallest * (largest / smallest) ** (np.arange(number + 1) / number))
+    rows = []
+    for low, high in zip(bands, bands[1:]):
+        if low < high:
+            row = np.zeros(len(order), bool)
+            row[order[:low + leaps[low:high].argmax() + 1]] = True
+            rows.append(row)
+    return rows
+
+
+def geodesic(image, max_candidates=3500, spacing=14, seeds=80, step=0.3):
+    """-> superpixels (H, W) int32, members (N, R) bool, by seed. About 0.3 s and 2,700 of them a VOC picture."""
+    superpixels = watershed(image, spacing)
+    sizes = np.bincount(superpixels.ravel()) / superpixels.size                                   # (R,), add up to 1
+    pairs, weights = superpixel_graph(image, superpixels)
+    near = [[] for _ in sizes]
+    for (i, j), weight in zip(pairs.tolist(), (weights + step).tolist()):  # a step costs something in flat parts, too
+        near[i].append((j, weight))
+        near[j].append((i, weight))
+    sides = [set(side.tolist()) for side in (superpixels[0], superpixels[-1], superpixels[:, 0], superpixels[:, -1])]
+    backgrounds = [0] + [geodesic_distance(near, side) for side in (set.union(*sides), *sides)]
+    rows, nearest = [], np.full(len(sizes), np.inf)
+    seed = superpixels[superpixels.shape[0] // 2, superpixels.shape[1] // 2]
+    for _ in range(min(seeds, len(sizes))):
+        foreground = geodesic_distance(near, [seed])
+        for background in backgrounds:  # signed distance: below 0 nearer to the seed than to the background
+            rows += critical_levels(foreground - background, sizes)
+        nearest = np.minimum(nearest, foreground)
+        seed = nearest.argmax()  # greedy: the next seed is where all others are far
+    return superpixels, distinct(np.array(rows, bool).reshape(-1, len(sizes)))[:max_candidates]
+
+
+METHODS = {"mcg": mcg, "ss": selective_search, "gop": geodesic}  # image, max_candidates -> superpixels, members
+
+
+# ---------------------------------------------------------------- candidates on disk
+def tight_boxes(superpixels, members):
+    """(H, W) ids, (N, R) bool -> (N, 4) int32 tight boxes, half-open: boxes around boxes, no mask is drawn."""
+    edges = [np.where(members, edge, superpixels.size).min(1) for edge in extents(superpixels).T]  # x0, y0, -x1, -y1
+    return (np.stack(edges, 1) * (1, 1, -1, -1)).astype(np.int32)
+
+
+def write_candidates(path, superpixels, members, boxes, classes):
+    """Writes <id>.npz, under a temporary name first, so that no half file is ever seen.
+
+    superpixels: (H, W) ids 0..R-1; members: (N, R) bool, no row empty; boxes: (K, 4), classes: (K,).
+    The ids are given out anew along a Z-curve (the bits of x and y of each one's first pixel, interleaved): a compact
+    segment is then a few runs of bits, which takes a third off the file.
+    """
+    first = np.unique(superpixels, return_index=True)[1]                             # (R,) first pixel of each
+    if len(first) != members.shape[1] or not members.any(1).all():
+        raise ValueError(f"{len(first)} superpixels, members of {members.shape[1]}; or an empty candidate")
+    y, x = np.divmod(first, superpixels.shape[1])
+    order = np.argsort(sum((x >> bit & 1) << 2 * bit | (y >> bit & 1) << 2 * bit + 1 for bit in range(16)))
+    number = np.empty(len(order), np.int32)
+    number[order] = np.arange(len(order))
+    superpixels, members = number[superpixels], np.ascontiguousarray(members[:, order])  # else saved column by column
+    temporary = f"{path}.{os.getpid()}.tmp"
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, superpixels=superpixels, members=np.packbits(members, axis=1),
+                            candidate_boxes=tight_boxes(superpixels, members),
+                            boxes=np.asarray(boxes, np.int32).reshape(-1, 4), classes=np.asarray(classes, np.uint8))
+    os.replace(temporary, path)
+
+
+def read_candidates(path, size=None, num_classes=None):
+    """<id>.npz -> {"superpixels", "members" (unpacked: (N, R) bool), "candidate_boxes", "boxes", "classes"}.
+
+    size: (H, W) of the picture it belongs to, num_classes: background included; checked where given. Raises BadInput.
+    """
+    kinds = {"superpixels": ("int32", 2), "members": ("uint8", 2), "candidate_boxes": ("int32", 2),
+             "boxes": ("int32", 2), "classes": ("uint8", 1)}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            found = {key: file[key] for key in kinds}
+        if any((array.dtype, array.ndim) != kinds[key] for key, array in found.items()):
+            raise ValueError("its arrays are of other types")
+        count = int(found["superpixels"].max()) + 1                                              # R
+        shapes = (len(found["members"]), -(-count // 8)), (len(found["members"]), 4), (len(found["classes"]), 4)
+        if found["superpixels"].min() < 0 or tuple(
+                found[key].shape for key in ("members", "candidate_boxes", "boxes")) != shapes:
+            raise ValueError("its arrays do not fit each other")
+        found["members"] = np.unpackbits(found["members"], axis=1, count=count).view(bool)       # (N, R)
+    except FileNotFoundError:
+        raise BadInput(f"no candidates {path}: make them by mcg_candidates.py") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile,
+            zlib.error) as error:
+        why = " ".join(str(error).split())
+        raise BadInput(f"{path}: not a file of candidates ({why}): delete it and run mcg_candidates.py again") from None
+    height, width = found["superpixels"].shape
+    if size is not None and (height, width) != tuple(size):
+        raise BadInput(f"{path}: for {width}x{height}, its image is {size[1]}x{size[0]}: delete it and make it again")
+    if num_classes is not None and (worst := found["classes"].max(initial=0)) >= num_classes:
+        raise BadInput(f"{path}: holds class {worst}, but there are {num_classes} classes: check class_names.txt")
+    return found
+
+
+def read_source(folder):
+    """A folder of candidates -> {"images": Path of the folder of its pictures, "class_names", "method"}."""
+    path = Path(folder) / "source.json"
+    try:
+        source = json.loads(path.read_text())
+        return {"images": Path(folder) / source["images"], "class_names": list(source["class_names"]),
+                "method": str(source["method"])}
+    except FileNotFoundError:
+        raise BadInput(f"no {path}: {folder} holds no candidates: make them by mcg_candidates.py") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path}: not what mcg_candidates.py writes ({error}): delete {folder}, make it again") from None
+
+
+def claim_folder(folder, images, names, method):
+    """Makes the folder and its source.json; a folder of other pictures, classes or method is refused."""
+    source = {"images": os.path.relpath(Path(images).resolve(), Path(folder).resolve()), "class_names": list(names),
+              "method": method}
+    path = Path(folder) / "source.json"
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            temporary = f"{path}.{os.getpid()}.tmp"
+            Path(temporary).write_text(json.dumps(source, indent=1) + "\n")
+            os.replace(temporary, path)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be made ({error.strerror}): name another folder by --out") from None
+    for key, there in read_source(folder).items():
+        if key == "images":
+            there = os.path.relpath(there.resolve(), Path(folder).resolve())
+        if there != source[key]:
+            raise BadInput(f"{path}: made with other {key} ({there}): name another folder by --out, or delete this one")
+
+
+# ---------------------------------------------------------------- boxes from COCO (Tables 1, 4, 5)
+# ==== shared block "COCO's names": equal to the byte in grabcut_labels.py and mcg_candidates.py
+COCO_TO_VOC = {"airplane": "aeroplane", "motorcycle": "motorbike", "potted plant": "pottedplant", "couch": "sofa",
+               "dining table": "diningtable", "tv": "tvmonitor"}  # VOC's other fourteen have the same name in COCO
+# ==== end of shared block
+
+
+def read_names(path):
+    """A file of class names, one a line, background first -> list."""
+    try:
+        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise BadInput(f"--class-names {path}: cannot be read ({error}): wanted one name a line") from None
+    if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
+        raise BadInput(f"{path}: wanted 2 to 255 different names, one a line, background first")
+    return names
+
+
+def read_coco(path, names):
+    """A COCO instances_*.json -> {id: ([[x, y, width, height], ...], [class, ...])}, ids are the file names' stems.
+
+    names: class names, background first; a category takes part whose name, in COCO or in VOC, is one of them. Images
+    without a box of these classes are left out. Raises BadInput.
+    """
+    # PAPER SILENT: what COCO's crowd regions count as; left out: one box around many objects, which no segment fits.
+    # PAPER SILENT: whether COCO's pictures with none of the classes are trained on, though 123,287 are counted, which
+    # is all of them; left out: they hold no box.
+    try:
+        coco = json.loads(Path(path).read_text())
+        categories = {category["id"]: category["name"] for category in coco["categories"]}
+        files = {image["id"]: str(image["file_name"]) for image in coco["images"]}
+        annotations = [(thing["image_id"], thing["category_id"], [float(number) for number in thing["bbox"]])
+                       for thing in coco["annotations"] if not thing.get("iscrowd")]
+    except FileNotFoundError:
+        raise BadInput(f"no --coco {path}: wanted an instances_*.json of COCO") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path}: not a COCO instances_*.json ({error!r}): fetch it again") from None
+    classes = {}
+    for key, name in categories.items():
+        name = name if name in names[1:] else COCO_TO_VOC.get(name)
+        if name in names[1:]:
+            classes[key] = names.index(name)
+    if not classes:
+        raise BadInput(f"{path}: no category is one of the classes {', '.join(names[1:])}: see --class-names")
+    found = {}
+    for image, category, box in annotations:
+        if image not in files or category not in categories:
+            raise BadInput(f"{path}: a box of image {image}, category {category}, not in its lists: fetch it again")
+        if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
+            raise BadInput(f"{path}: image {image} has the box {box}; wanted x, y, width, height: mend it")
+        if category in classes:
+            # ids are file names: never a path from inside the JSON
+            stem, ending = os.path.splitext(files[image].replace("\\", "/").split("/")[-1])
+            if ending != ".jpg" or not stem:
+                raise BadInput(f"{path}: image {image} is {files[image]!r}: wanted a name that ends in .jpg")
+            known = found.setdefault(stem, (image, [], []))
+            if known[0] != image:
+                raise BadInput(f"{path}: images {known[0]} and {image} both have the name {stem}.jpg: rename one")
+            known[1].append(box)
+            known[2].append(classes[category])
+    if not found:
+        raise BadInput(f"{path}: no box of the classes {', '.join(names[1:])}: see --class-names")
+    return {stem: (boxes, kinds) for stem, (_, boxes, kinds) in found.items()}
+
+
+def coco_boxes(boxes, size, where):
+    """COCO's x, y, width, height, floats from 0 -> (K, 4) int32 corners, half-open, clipped; never below one pixel."""
+    corners = []
+    for x, y, width, height in boxes:
+        x0, y0, x1, y1 = (int(np.floor(edge + 0.5)) for edge in (x, y, x + width, y + height))
+        corners.append(clip_box((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)), size, where))
+    return np.array(corners, np.int32).reshape(-1, 4)
+
+
+# ---------------------------------------------------------------- candidates for a list of images
+def candidates_folder(voc, method="mcg", out=None):
+    """Where the candidates of one method go: beside SegmentationClass, or to out."""
+    return Path(out or Path(voc) / f"Candidates-{method}")
+
+
+def make_candidates(voc, ids, out=None, method="mcg", workers=None, max_candidates=3500):
+    """Makes the candidates of the images that have none, on all cores, with a progress bar on stderr.
+
+    voc: folder with JPEGImages; out: see candidates_folder; workers: processes (default: one per core). Returns
+    {"made", "skipped": counts of images, "candidates", "boxes": counts, "failures": ["id: what is wrong"]}.
+    """
+    voc = Path(voc)
+    return make_all(candidates_folder(voc, method, out), voc / "JPEGImages", class_names(voc), ids,
+                    lambda i: voc / "Annotations" / f"{i}.xml", method, workers, max_candidates)
+
+
+def make_coco_candidates(path, images, out, names=VOC_CLASSES, shard="1/1", method="mcg", workers=None,
+                         max_candidates=3500):
+    """The same for the pictures of a COCO instances_*.json (path) in the folder images, with the boxes of `names`."""
+    found = read_coco(path, names)
+    if not Path(images).is_dir():
+        raise BadInput(f"no folder --images {images}: wanted the pictures that {path} names")
+    ids = take_shard(list(found), shard)
+    return make_all(Path(out), images, names, ids, found.get, method, workers, max_candidates)
+
+
+def make_one(target, picture, annotation, names, method, max_candidates):
+    """One image, in a process of its own -> numbers of candidates and boxes."""
+    image = read_image(picture)                                                                   # (H, W, 3) uint8
+    if isinstance(annotation, Path):
+        boxes, classes = read_boxes(annotation, names, image.shape[:2])
+    else:
+        boxes, classes = coco_boxes(annotation[0], image.shape[:2], picture), annotation[1]
+    superpixels, members = METHODS[method](image, max_candidates)
+    write_candidates(target, superpixels, members[:max_candidates], boxes, classes)
+    return len(members[:max_candidates]), len(boxes)
+
+
+def one_core():
+    """Start of a worker process: one thread, deaf to Ctrl-C (the first process hears it), and never left behind."""
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    first = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (first.join(), os._exit(1)), daemon=True).start()
+
+
+def make_all(folder, images, names, ids, annotation_of, method="mcg", workers=None, max_candidates=3500):
+    """Candidates of images/<id>.jpg -> folder/<id>.npz, for each id; annotation_of(id): XML path, or COCO's boxes."""
+    claim_folder(folder, images, names, method)
+    summary = {"made": 0, "skipped": 0, "candidates": 0, "boxes": 0, "failures": []}
+    workers = workers or os.cpu_count()
+    # Processes, since much of the work is Python's own. Fresh ones, not forks: a fork of a process in which torch's
+    # threads or CUDA have run may hang. The variable is read by the workers, as they load NumPy.
+    context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+    threads_before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    pool = ProcessPoolExecutor(workers, context, initializer=one_core)
+    todo, jobs = iter(ids), {}
+    try:
+        with tqdm(total=len(ids), desc=f"candidates ({method})", unit="image", disable=None if ids else True) as bar:
+            while True:
+                for image_id in todo:  # a few jobs ahead of the workers, however long the list is
+                    target = Path(folder) / f"{image_id}.npz"
+                    if target.exists():
+                        summary["skipped"] += 1
+                        bar.update()
+                        continue
+                    jobs[pool.submit(make_one, target, Path(images) / f"{image_id}.jpg", annotation_of(image_id), names,
+                                     method, max_candidates)] = image_id
+                    if len(jobs) >= 3 * workers:
+                        break
+                if not jobs:
+                    break
+                for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+                    image_id = jobs.pop(job)
+                    bar.update()
+                    try:
+                        candidates, boxes = job.result()
+                    except BrokenProcessPool:
+                        raise BadInput(f"{folder}: a worker was killed, perhaps for want of memory: give fewer "
+                                       "--workers; the same command goes on from here") from None
+                    except Exception as error:  # one bad image does not stop the others, whatever is bad in it
+                        kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+                        summary["failures"].append(f"{image_id}: {kind}{' '.join(str(error).split())}")
+                        tqdm.write(summary["failures"][-1], file=sys.stderr)
+                        continue
+                    summary["made"] += 1
+                    summary["candidates"] += candidates
+                    summary["boxes"] += boxes
+    finally:  # also on Ctrl-C: what is running is finished, what is waiting is dropped
+        pool.shutdown(cancel_futures=True)
+        del os.environ["OMP_NUM_THREADS"]
+        if threads_before is not None:
+            os.environ["OMP_NUM_THREADS"] = threads_before
+    summary["failures"].sort()
+    return summary
+
+
+# ---------------------------------------------------------------- one picture
+def box_iou(box, others):
+    """IoU of one box (4,) with others (N, 4) -> (N,)."""
+    (x0, y0, x1, y1), (a0, b0, a1, b1) = box, np.asarray(others, np.int64).reshape(-1, 4).T
+    inside = (np.minimum(x1, a1) - np.maximum(x0, a0)).clip(0) * (np.minimum(y1, b1) - np.maximum(y0, b0)).clip(0)
+    return inside / ((x1 - x0) * (y1 - y0) + (a1 - a0) * (b1 - b0) - inside)
+
+
+def show_candidates(path, method="mcg", corners=None, out=None, max_candidates=3500):
+    """The picture and its first 15 candidates, or the 15 whose tight box fits a box best -> path of a contact sheet."""
+    image = read_image(path)
+    box = None if corners is None else clip_box(corners, image.shape[:2], path)
+    superpixels, members = METHODS[method](image, max_candidates)
+    chosen, ious = np.arange(len(members)), None
+    if box is not None:
+        ious = box_iou(box, tight_boxes(superpixels, members))
+        chosen = np.argsort(-ious, kind="stable")
+    scale = 320 / max(image.shape[:2])
+    size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
+    grey = np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None] // 3 + 150, 3, 2)           # (H, W, 3), pale
+    panels = []
+    for n in (None, *chosen[:15]):
+        mask = np.zeros(superpixels.shape, bool) if n is None else members[n][superpixels]         # (H, W)
+        panel = image if n is None else np.where(mask[..., None], image, grey)
+        panel = cv2.resize(np.ascontiguousarray(panel), size, interpolation=cv2.INTER_AREA)
+        outline = cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+        cv2.drawContours(panel, cv2.findContours(outline, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)[0], -1, (0, 160, 60), 1)
+        if box is not None:
+            x0, y0, x1, y1 = (round(corner * scale) for corner in box)
+            cv2.rectangle(panel, (x0, y0), (x1 - 1, y1 - 1), (255, 60, 60), 1)
+        panel = cv2.copyMakeBorder(panel, 20, 2, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
+        title = f"{len(members)} candidates" if n is None else f"#{n + 1}" + (f": {ious[n]:.2f}" if corners else "")
+        cv2.putText(panel, title, (4, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 1, cv2.LINE_AA)
+        panels.append(panel)
+    panels += [np.full_like(panels[0], 255)] * (16 - len(panels))
+    sheet = np.vstack([np.hstack(panels[row:row + 4]) for row in range(0, 16, 4)])
+    target = (Path(out) if out else Path(path).parent) / f"{Path(path).stem}_candidates.png"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet).save(target)
+    except OSError as error:
+        raise BadInput(f"{target}: cannot be written ({error.strerror}): name another folder by --out") from None
+    return target, len(members), None if ious is None else ious[chosen[:5]]
+
+
+# ---------------------------------------------------------------- command line
+def parse_arguments():
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    add = parser.add_argument
+    add("--data", default="VOCdevkit", help="the VOCdevkit, or the VOC2012 folder in it (default: VOCdevkit)")
+    add("--split", help="a list in ImageSets/Segmentation (default: trainaug where it exists (paper), otherwise train)")
+    add("--list", metavar="FILE", help="image ids, one a line, instead of --split")
+    add("--shard", metavar="I/N", default="1/1", help="only the I-th of N equal parts of the list, to share it among "
+        "machines that see one disk (default: 1/1)")
+    add("--out", metavar="DIR", help="where the NPZ files go (default: Candidates-METHOD beside SegmentationClass)")
+    add("--workers", type=int, metavar="N", help="images at a time, each on one core (default: as many as cores); "
+        "Selective Search takes about 0.5 GB a million pixels")
+    add("--method", choices=tuple(METHODS), default="mcg", help="Multiscale Combinatorial Grouping (default, paper), "
+        "Selective Search or Geodesic Object Proposals (paper: Table 3)")
+    add("--max-candidates", type=int, default=3500, metavar="N", help="at most so many an image, the best ranked "
+        "(default: 3500, ours)")
+    coco = parser.add_argument_group("boxes from COCO (paper: Tables 1, 4, 5)")
+    coco.add_argument("--coco", metavar="JSON", help="an instances_*.json, instead of --data; needs --images and --out")
+    coco.add_argument("--images", metavar="DIR", help="the pictures that it names")
+    coco.add_argument("--class-names", metavar="FILE", help="one a line, background first, COCO's own names or VOC's; "
+                      "other boxes are left out (default: VOC's 20, paper; for PASCAL-Context all 80, paper)")
+    one = parser.add_argument_group("one picture")
+    one.add_argument("--image", metavar="FILE", help="show its first candidates: writes FILE_candidates.png beside it")
+    one.add_argument("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="rather those whose tight box "
+                     "fits this one best; pixels from 0, X1 and Y1 not included")
+    arguments = parser.parse_args()
+    if arguments.box and not arguments.image:
+        parser.error("--box goes with --image")
+    if arguments.split and arguments.list:
+        parser.error("--split or --list, not both")
+    if arguments.coco and not (arguments.images and arguments.out):
+        parser.error("--coco needs --images DIR and --out DIR")
+    if arguments.coco and (arguments.split or arguments.list):
+        parser.error("--coco takes all images of its JSON: no --split, no --list (--shard takes a part)")
+    if (arguments.images or arguments.class_names) and not arguments.coco:
+        parser.error("--images and --class-names go with --coco")
+    if min(arguments.max_candidates, 1 if arguments.workers is None else arguments.workers) < 1:
+        parser.error("--max-candidates and --workers of at least 1 wanted")
+    return arguments
+
+
+def take_shard(ids, shard):
+    """'2/3' -> the second of three interleaved parts of ids."""
+    try:
+        part, parts = (int(number) for number in shard.split("/"))
+        if not 1 <= part <= parts:
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"--shard {shard}: wanted I/N with I from 1 to N, such as 1/4") from None
+    return ids[part - 1::parts]
+
+
+def main():
+    arguments = parse_arguments()
+    options = {key: getattr(arguments, key) for key in ("method", "max_candidates")}
+    if arguments.image:
+        path, count, ious = show_candidates(arguments.image, corners=arguments.box, out=arguments.out, **options)
+        print(f"{path}: {count} candidates" + ("" if ious is None else ", tight boxes of the best five fit the box by "
+                                               + ", ".join(f"{iou:.2f}" for iou in ious)))
+        return 0
+    options["workers"] = arguments.workers
+    if arguments.coco:
+        names = read_names(arguments.class_names) if arguments.class_names else VOC_CLASSES
+        print(f"images of {arguments.coco} -> {arguments.out}")
+        summary = make_coco_candidates(arguments.coco, arguments.images, arguments.out, names, arguments.shard,
+                                       **options)
+    else:
+        voc = find_voc(arguments.data)
+        lists = voc / "ImageSets" / "Segmentation"
+        split = arguments.split or ("trainaug" if (lists / "trainaug.txt").exists() else "train")
+        path = Path(arguments.list) if arguments.list else lists / f"{split}.txt"
+        ids = take_shard(read_list(path), arguments.shard)
+        print(f"{len(ids)} images of {path} -> {candidates_folder(voc, arguments.method, arguments.out)}")
+        summary = make_candidates(voc, ids, arguments.out, **options)
+    made, failures = summary["made"], summary["failures"]
+    print(f"made {made}, already there {summary['skipped']}, failed {len(failures)}")
+    if made:
+        print(f"{summary['boxes']} boxes, {summary['candidates'] / made:.0f} candidates an image")
+    if failures:
+        print(f"{len(failures)} of {made + summary['skipped'] + len(failures)} images got no candidates; mend them or "
+              "take them off the list and run again:", *failures, sep="\n  ", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except BadInput as error:
+        print(f"mcg_candidates.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("mcg_candidates.py: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

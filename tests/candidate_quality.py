@@ -1,0 +1,126 @@
+"""How good are the candidate segments? One row of a table, over the objects that are their class's only box.
+
+    python tests/candidate_quality.py --data VOCdevkit --split val --method mcg              makes them, measures time
+    python tests/candidate_quality.py --data VOCdevkit --split val --candidates DIR          reads DIR/<id>.npz
+    python tests/candidate_quality.py --data VOCdevkit --split val --method grabcut          one segment a box (or: box)
+
+Reads   JPEGImages, Annotations, SegmentationClass and the list of VOC2012; writes nothing.
+
+Where a class has one box in a picture, the pixels of that class in SegmentationClass are that object's mask; no
+instance masks are needed. IoU leaves the pixels labelled 255 out. The columns, means over objects:
+
+    all, first 1000, first 300   best IoU of any candidate, and of the best ranked ones
+    recall                       share of objects with a candidate of IoU >= 0.7
+    top by box, best of five     IoU of the candidate whose tight box fits the annotated box best; best of the five
+    limit                        IoU of the best union of superpixels: what no grouping can exceed
+    seconds                      processor time an image, one thread
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from grabcut_labels import grabcut
+from mcg_candidates import (METHODS, BadInput, box_iou, class_names, find_voc, read_boxes, read_candidates, read_image,
+                            read_label, read_list, tight_boxes)
+
+
+def object_scores(superpixels, members, truth, kind, box):
+    """Superpixels (H, W), members (N, R), truth (H, W), where the object is `kind` -> seven numbers or None."""
+    count = members.shape[1]
+    inside = np.bincount(superpixels.ravel(), (truth == kind).ravel(), count)                     # (R,) true pixels
+    known = np.bincount(superpixels.ravel(), (truth != 255).ravel(), count)                       # (R,) labelled pixels
+    if not inside.any():
+        return None
+    ious = members @ inside / (members @ (known - inside) + inside.sum())                         # (N,)
+    fit = np.argsort(-box_iou(box, tight_boxes(superpixels, members)), kind="stable")
+    # The best union takes superpixels in order of their share of true pixels; somewhere in that order it stops.
+    order = np.argsort(-inside / known.clip(1), kind="stable")
+    limit = (inside[order].cumsum() / ((known - inside)[order].cumsum() + inside.sum())).max()
+    return (ious.max(), ious[:1000].max(), ious[:300].max(), ious.max() >= 0.7, ious[fit[0]], ious[fit[:5]].max(),
+            limit)
+
+
+def measure(voc, ids, make, progress=True):
+    """make(id, image, boxes) -> superpixels, list of members (N, R), one for all boxes or one a box.
+
+    -> scores (objects, 7), candidates an image (M,), superpixels an image (M,), seconds an image (M,)
+    """
+    names, rows, candidates, superpixel_counts, seconds = class_names(voc), [], [], [], []
+    for image_id in tqdm(ids, unit="image", disable=not progress):
+        image = read_image(voc / "JPEGImages" / f"{image_id}.jpg")
+        boxes, kinds = read_boxes(voc / "Annotations" / f"{image_id}.xml", names, image.shape[:2])
+        alone = [k for k in range(len(kinds)) if (kinds == kinds[k]).sum() == 1]
+        if not alone:
+            continue
+        truth = read_label(voc / "SegmentationClass" / f"{image_id}.png", image.shape[:2], len(names))
+        began = time.process_time()
+        made = [make(image_id, image, box) for box in (boxes[alone] if make in (whole_box, cut_box) else [None])]
+        seconds.append(time.process_time() - began)
+        for k, (superpixels, members) in zip(alone, made if len(made) == len(alone) else made * len(alone)):
+            score = object_scores(superpixels, members, truth, kinds[k], boxes[k])
+            if score is not None:
+                rows.append(score)
+        candidates.append(len(made[0][1]))
+        superpixel_counts.append(made[0][1].shape[1])
+    return np.array(rows, float).reshape(-1, 7), candidates, superpixel_counts, seconds
+
+
+def whole_box(_, image, box):
+    """The box itself as the one candidate, made of the superpixels outside and inside."""
+    inside = np.zeros(image.shape[:2], np.int32)
+    inside[box[1]:box[3], box[0]:box[2]] = 1
+    return inside, np.array([[False, True]])
+
+
+def cut_box(_, image, box):
+    """The box's GrabCut as the one candidate."""
+    return grabcut(image, box)[0].astype(np.int32), np.array([[False, True]])
+
+
+def main():
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    parser.add_argument("--data", default="VOCdevkit", help="the VOCdevkit, or the VOC2012 folder in it")
+    parser.add_argument("--split", default="val", help="list of ImageSets/Segmentation (default: val)")
+    parser.add_argument("--method", choices=(*METHODS, "box", "grabcut"), default="mcg", help="default: mcg")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N images of the list")
+    parser.add_argument("--skip", type=int, default=0, metavar="N", help="not the first N images of the list")
+    parser.add_argument("--candidates", metavar="DIR", help="read NPZ files of mcg_candidates.py, whatever --method")
+    args = parser.parse_args()
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)
+
+    voc = find_voc(args.data)
+    ids = read_list(voc / "ImageSets" / "Segmentation" / f"{args.split}.txt")[args.skip:][:args.limit]
+    if args.candidates:
+        def make(image_id, image, _):
+            found = read_candidates(Path(args.candidates) / f"{image_id}.npz", image.shape[:2])
+            return found["superpixels"], found["members"]
+    elif args.method in METHODS:
+        def make(_, image, __):
+            return METHODS[args.method](image)
+    else:
+        make = {"box": whole_box, "grabcut": cut_box}[args.method]
+    scores, candidates, superpixels, seconds = measure(voc, ids, make)
+    if not len(scores):
+        raise BadInput(f"{voc}: no object of {args.split} is its class's only box and has a mask")
+    best, first1000, first300, recall, top, five, limit = scores.mean(0)
+    print(f"| {'method':8} | objects | candidates | superpixels | IoU all / first 1000 / first 300 | recall | "
+          "top by box / best of five | limit | seconds |\n" + "|---" * 9 + "|")
+    print(f"| {args.candidates or args.method:8} | {len(scores)} | {np.mean(candidates):.0f} "
+          f"| {np.mean(superpixels):.0f} | {best:.3f} / {first1000:.3f} / {first300:.3f} | {recall:.2f} "
+          f"| {top:.3f} / {five:.3f} | {limit:.3f} | {np.mean(seconds):.2f} |")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BadInput as error:
+        print(f"candidate_quality.py: {error}", file=sys.stderr)
+        sys.exit(2)

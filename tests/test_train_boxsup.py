@@ -1,0 +1,452 @@
+"""train_boxsup.py: choice of segments, label update, every row of the tables, interrupts, processes, bad input."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toy_voc import make_toy_voc
+
+import losses
+import mcg_candidates
+import train_boxsup
+from model import load_network
+from train_boxsup import choose, paint, read_label, read_list
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train_boxsup.py"
+# The least that still has every part: 3 steps an epoch.
+TINY = ("--recipe small --crop 32 --batch-size 4 --epochs 2 --scale 0.5 1 --workers 0 --log-every 1 --device cpu "
+        "--amp off --top-k 2").split()
+
+
+def grid_candidates(voc, ids, folder):
+    """Candidates without a segmentation method: cells of 2x2 pixels, and per object the cells in its box, those of its
+    true mask (both by more than half), and three halves of it. Row 0 is the whole picture."""
+    names = train_boxsup.class_names(voc)
+    mcg_candidates.claim_folder(folder, voc / "JPEGImages", names, "mcg")
+    for image_id in ids:
+        truth = read_label(voc / "SegmentationClass" / f"{image_id}.png")
+        height, width = truth.shape
+        superpixels = (np.arange(height)[:, None] // 2 * (width // 2) + np.arange(width) // 2).astype(np.int32)
+        boxes, classes = train_boxsup.read_boxes(voc / "Annotations" / f"{image_id}.xml", names, truth.shape)
+        area = np.bincount(superpixels.ravel())
+        members = [np.ones(len(area), bool)]
+        for (x0, y0, x1, y1), c in zip(boxes, classes):
+            inside = np.zeros(truth.shape, bool)
+            inside[y0:y1, x0:x1] = True
+            left = inside & (np.arange(width) < (x0 + x1) // 2)
+            top = inside & (np.arange(height)[:, None] < (y0 + y1) // 2)
+            for mask in (inside, inside & (truth == c), left, top, left & top):
+                cells = 2 * np.bincount(superpixels[mask], minlength=len(area)) > area
+                if cells.any():
+                    members.append(cells)
+        mcg_candidates.write_candidates(folder / f"{image_id}.npz", superpixels, np.array(members), boxes, classes)
+
+
+def draw(folder, images, seed):
+    data = folder / "VOCdevkit"
+    make_toy_voc(data, images=images, val=3, size=(48, 64), seed=seed)
+    voc = data / "VOC2012"
+    grid_candidates(voc, read_list(voc / "ImageSets" / "Segmentation" / "train.txt"), voc / "Candidates-mcg")
+    return data
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    return draw(tmp_path_factory.mktemp("toy"), 12, 0)
+
+
+def train(toy, out, *flags):
+    """One run in this process -> exit status."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        return train_boxsup.main(["--data", str(toy), "--out", str(out), *TINY, *map(str, flags)])
+    finally:
+        signal.signal(signal.SIGINT, handlers[0])
+        signal.signal(signal.SIGTERM, handlers[1])
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def masks_of(out):
+    return {path.name: path.read_bytes() for path in (out / "masks").glob("*.png")}
+
+
+def assert_same_run(a, b):
+    """Two folders hold the same run, bit for bit: weights, momentum, choices, masks, every logged loss and score."""
+    one, two = (torch.load(out / "last.pt", weights_only=True) for out in (a, b))
+    for name in one["model"]:
+        assert torch.equal(one["model"][name], two["model"][name]), name
+    for key, state in one["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], two["optimizer"]["state"][key]["momentum_buffer"])
+    assert torch.equal(one["choices"], two["choices"]) and torch.equal(one["boxes_of"], two["boxes_of"])
+    assert (one["step"], one["best"]) == (two["step"], two["best"])
+    assert masks_of(a) == masks_of(b)
+    logs = [[{k: v for k, v in r.items() if k != "images_per_second"} for r in log_of(out) if "args" not in r]
+            for out in (a, b)]
+    assert logs[0] == logs[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing and painting
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_choose_draws_evenly_from_the_k_cheapest():
+    cost = np.array([[5.0, 1.0, 4.0, 2.0, 3.0, 0.0]])
+    overlaps = np.array([[True, True, True, True, True, False]])  # the cheapest of all does not meet the box
+    rng = np.random.default_rng(0)
+    drawn = [int(choose(cost, overlaps, 3, rng)[0]) for _ in range(3000)]
+    assert set(drawn) == {1, 3, 4}
+    assert all(900 < drawn.count(n) < 1100 for n in (1, 3, 4))
+    assert {int(choose(cost, overlaps, 1, rng)[0]) for _ in range(20)} == {1}
+    assert {int(choose(cost, overlaps, 99, rng)[0]) for _ in range(300)} == {0, 1, 2, 3, 4}
+
+
+def test_choose_leaves_a_box_that_nothing_overlaps():
+    choice = choose(np.ones((2, 3)), np.array([[False, True, False], [False] * 3]), 5, np.random.default_rng(0))
+    assert choice.tolist() == [1, -1] and choice.dtype == np.int32
+    assert choose(np.ones((0, 3)), np.ones((0, 3), bool), 5, np.random.default_rng(0)).shape == (0,)
+    assert choose(np.ones((1, 0)), np.ones((1, 0), bool), 5, np.random.default_rng(0)).tolist() == [-1]
+
+
+def test_paint_puts_the_smaller_box_on_top_and_fills_boxes_without_a_segment():
+    """A 4x6 picture: class 1's box is 4x4 and has a segment that leaves it; class 2's, 2x3, has none."""
+    segment = np.zeros((4, 6), bool)
+    segment[0, :] = segment[1, 1:3] = True
+    for order in ([0, 1], [1, 0]):
+        boxes, classes = np.array([[0, 0, 4, 4], [2, 1, 5, 3]])[order], np.array([1, 2], np.uint8)[order]
+        segments = [[segment, None][k] for k in order]
+        assert paint((4, 6), boxes, classes, segments).tolist() == [
+            [1, 1, 1, 1, 1, 1],
+            [0, 1, 2, 2, 2, 0],
+            [0, 0, 2, 2, 2, 0],
+            [0, 0, 0, 0, 0, 0]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The label update
+# ---------------------------------------------------------------------------------------------------------------------
+
+class Oracle(torch.nn.Module):
+    """A network that knows the truth: logits 9 for the true class, at full size; it looks pictures up by their sum."""
+    def __init__(self, voc, ids, num_classes):
+        super().__init__()
+        self.unused, self.num_classes, self.truth = torch.nn.Parameter(torch.zeros(1)), num_classes, {}
+        for i in ids:
+            labels = torch.from_numpy(read_label(voc / "SegmentationClass" / f"{i}.png").astype(np.int64))
+            image = torch.from_numpy(train_boxsup.read_image(voc / "JPEGImages" / f"{i}.jpg"))
+            self.truth[round(train_boxsup.normalize(image[None]).double().sum().item(), 3)] = labels
+
+    def forward(self, x):
+        labels = self.truth[round(x.double().sum().item(), 3)]
+        labels = torch.where(labels == 255, 0, labels)
+        return 9.0 * torch.nn.functional.one_hot(labels, self.num_classes).permute(2, 0, 1)[None].float()
+
+
+def update(toy, out, network, **options):
+    """One label update of the drawn set -> its report and the images."""
+    voc = toy / "VOC2012"
+    names = train_boxsup.class_names(voc)
+    args, _ = train_boxsup.parse_arguments(["--data", str(toy), *TINY])
+    vars(args).update(options)
+    images, updated, _, _ = train_boxsup.training_images(voc, names, args, out)
+    (out / "masks").mkdir(parents=True, exist_ok=True)
+    choices, sums, confusion = train_boxsup.update_labels(
+        network, images, range(updated), {}, 0, args, torch.autocast("cpu", enabled=False), len(names),
+        train_boxsup.tqdm(disable=True), [])
+    return choices, sums, losses.iou(confusion).nanmean().item(), images
+
+
+def test_before_the_first_epoch_the_tight_box_decides(toy, tmp_path):
+    choices, sums, _, images = update(toy, tmp_path, None, top_k=1)
+    boxes = 0
+    for index, choice in choices.items():
+        c = mcg_candidates.read_candidates(images.files(index)[2])
+        for k, n in enumerate(choice):
+            ious = mcg_candidates.box_iou(c["boxes"][k], c["candidate_boxes"])
+            assert ious[n] == ious.max()
+            boxes += 1
+        expected = paint(c["superpixels"].shape, c["boxes"], c["classes"],
+                         [c["members"][n][c["superpixels"]] for n in choice])
+        assert np.array_equal(read_label(images.files(index)[1]), expected)
+    assert sums[0] == boxes and sums[1] == 0 and sums[2] == pytest.approx(boxes - sums[3], rel=1e-5)
+
+
+def test_a_network_that_knows_more_finds_better_masks(toy, tmp_path):
+    voc = toy / "VOC2012"
+    ids = read_list(voc / "ImageSets" / "Segmentation" / "train.txt")
+    oracle = Oracle(voc, ids, len(train_boxsup.class_names(voc))).eval()
+    _, _, by_box, _ = update(toy, tmp_path / "a", None, top_k=1)
+    _, _, by_both, _ = update(toy, tmp_path / "b", oracle, top_k=1)
+    _, _, by_one_of_5, _ = update(toy, tmp_path / "c", oracle, top_k=5)
+    _, _, weight_0, _ = update(toy, tmp_path / "d", oracle, top_k=1, weight=0.0)
+    assert by_both > by_box + 0.05 and by_both > by_one_of_5 + 0.05 and weight_0 == pytest.approx(by_box)
+    assert by_both > 0.7  # what cells of 2x2 pixels can draw
+
+
+def test_workers_and_shares_change_nothing(toy, tmp_path):
+    update(toy, tmp_path / "a", None)
+    update(toy, tmp_path / "b", None, workers=2)
+    assert masks_of(tmp_path / "a") == masks_of(tmp_path / "b") and len(masks_of(tmp_path / "a")) == 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_the_paper_recipe_is_the_paper():
+    args, _ = train_boxsup.parse_arguments([])
+    assert (args.backbone, args.pretrained, args.large_fov, args.method) == ("vgg16", True, False, "mcg")
+    assert (args.epochs, args.batch_size, args.lr, args.lr_drop, args.top_k, args.weight) == (45, 20, 1e-3, 15, 5, 3)
+    assert (args.crop, args.momentum, args.weight_decay, args.head_lr) == (321, 0.9, 5e-4, 10)
+    assert args.show_epochs == [1, 5, 20]
+
+
+@pytest.mark.parametrize("labels", train_boxsup.LABELS)
+def test_every_row_trains_on_its_own_labels(toy, tmp_path, labels, monkeypatch, capsys):
+    voc, seen = toy / "VOC2012", []
+    ids = read_list(voc / "ImageSets" / "Segmentation" / "train.txt")
+    flags = []
+    if labels == "grabcut":
+        for i in ids:
+            train_boxsup.write_label(tmp_path / f"{i}.png", np.full((48, 64), 3))
+        flags = ["--grabcut", tmp_path]
+    original = train_boxsup.read_label
+    monkeypatch.setattr(train_boxsup, "read_label", lambda path, *rest: seen.append(path) or original(path, *rest))
+    assert train(toy, tmp_path / "out", "--labels", labels, *flags) == 0
+    folder = {"grabcut": tmp_path, "masks": voc / "SegmentationClass"}.get(labels, tmp_path / "out" / "masks")
+    assert {path.stem for path in seen if path.parent == folder} >= set(ids)
+    log = log_of(tmp_path / "out")
+    assert log[0]["args"]["labels"] == labels and log[0]["versions"]["torch"] == torch.__version__
+    updates = [r for r in log if "labels_of_epoch" in r]
+    assert [r["labels_of_epoch"] for r in updates] == ([1, 2] if labels == "candidates" else [])
+    assert [r["epoch"] for r in log if "miou" in r] == [1, 2]
+    assert [r["step"] for r in log if "E_r" in r] == [1, 2, 3, 4, 5, 6]
+    out = capsys.readouterr().out
+    assert "train  epoch 2/2  E_r" in out and ("labels epoch 2/2  cost" in out) == (labels == "candidates")
+    if labels == "rectangles":
+        names = train_boxsup.class_names(voc)
+        boxes, classes = train_boxsup.read_boxes(voc / "Annotations" / f"{ids[0]}.xml", names, (48, 64))
+        assert np.array_equal(original(folder / f"{ids[0]}.png"), mcg_candidates.box_mask(boxes, classes, (48, 64)))
+    if labels == "candidates":
+        assert (tmp_path / "out" / "masks.png").exists()
+        assert set(updates[0]) >= {"boxes", "rectangles", "cost", "box_iou", "changed", "mask_miou"}
+        assert updates[0]["changed"] == 1 and 0 < updates[1]["changed"] < 1
+
+
+def test_training_learns(toy, tmp_path):
+    assert train(toy, tmp_path, "--labels", "masks", "--epochs", 15, "--val-every", 15, "--lr-drop", 15) == 0
+    curve = [r["E_r"] for r in log_of(tmp_path) if "E_r" in r]
+    assert np.mean(curve[-6:]) < 0.7 * np.mean(curve[:6])
+
+
+def test_the_rate_falls_in_steps_and_the_last_layer_has_its_own(toy, tmp_path):
+    assert train(toy, tmp_path, "--labels", "masks", "--epochs", 3, "--lr-drop", 1, "--head-lr", 10) == 0
+    rates = {r["step"]: r["lr"] for r in log_of(tmp_path) if "E_r" in r}
+    assert [rates[step] for step in (1, 3, 4, 6, 7, 9)] == pytest.approx([0.02, 0.02, 2e-3, 2e-3, 2e-4, 2e-4])
+    checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert [group["lr"] for group in checkpoint["optimizer"]["param_groups"]] == pytest.approx([2e-4, 2e-3])
+    network, _ = load_network(tmp_path / "last.pt")
+    assert [len(group["params"]) for group in checkpoint["optimizer"]["param_groups"]] == [
+        len(list(network.parameters())) - 2, 2]
+    assert network.last_layer.out_channels == len(checkpoint["class_names"])
+
+
+def test_semi_supervision_trains_on_truth_where_there_is_some(toy, tmp_path):
+    voc = toy / "VOC2012"
+    ids = read_list(voc / "ImageSets" / "Segmentation" / "train.txt")
+    (tmp_path / "masks.txt").write_text("\n".join(ids[:5]) + "\n")
+    assert train(toy, tmp_path / "out", "--masks-list", tmp_path / "masks.txt") == 0
+    assert {name[:-4] for name in masks_of(tmp_path / "out")} == set(ids[5:])
+    checkpoint = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
+    assert checkpoint["images"] == 12 and len(checkpoint["boxes_of"]) == 7
+
+
+def test_extra_boxes_join_in(toy, tmp_path, capsys):
+    other = draw(tmp_path, 5, 1) / "VOC2012" / "Candidates-mcg"
+    assert train(toy, tmp_path / "out", "--labels", "masks", "--extra", other, "--top-k", 1) == 0
+    assert "12 with masks" in (said := capsys.readouterr().out) and "5 with boxes of other sets" in said
+    assert not masks_of(tmp_path / "out") and len(list((tmp_path / "out" / "masks-1").glob("*.png"))) == 5
+    assert len(torch.load(tmp_path / "out" / "last.pt", weights_only=True)["boxes_of"]) == 5
+    source = json.loads((other / "source.json").read_text())
+    (other / "source.json").write_text(json.dumps(source | {"class_names": ["background", "cat"]}))
+    with pytest.raises(train_boxsup.BadInput, match="made for other classes"):
+        train(toy, tmp_path / "again", "--extra", other)
+    with pytest.raises(train_boxsup.BadInput, match="nowhere"):
+        train(toy, tmp_path / "again", "--extra", tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Interrupts
+# ---------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def whole_run(toy, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert train(toy, out) == 0
+    return out
+
+
+@pytest.mark.parametrize("where, after", [("candidate_cost", 5), ("cross_entropy_loss", 2), ("cross_entropy_loss", 5)])
+def test_a_run_that_died_goes_on_bit_for_bit(toy, tmp_path, whole_run, monkeypatch, where, after):
+    """Dies as from kill -9: in the second label update, in the first and second epoch; the checkpoint may be older."""
+    calls = [0]
+    original = getattr(losses, where)
+
+    def dying(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] > after:
+            raise RuntimeError("died")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, where, dying)
+        with pytest.raises(RuntimeError, match="died"):
+            train(toy, tmp_path, "--save-every", 2, "--workers", 2)
+    if where == "cross_entropy_loss":
+        assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] % 3  # in mid-epoch: its masks are needed
+        deleted = sorted((tmp_path / "masks").glob("*.png"))[3]
+        deleted.unlink()
+    assert train(toy, tmp_path, "--resume", "--workers", 1) == 0
+    assert_same_run(whole_run, tmp_path)
+
+
+def test_kill_9_and_ctrl_c(toy, tmp_path, whole_run):
+    flags, ends = ["--data", toy, "--out", tmp_path, *TINY, "--save-every", 1], []
+    for number in (signal.SIGKILL, signal.SIGINT):
+        process = subprocess.Popen([sys.executable, SCRIPT, *map(str, flags), *(["--resume"] if ends else [])],
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        seen, deadline = len(log_of(tmp_path)) if ends else 0, time.time() + 300
+        while process.poll() is None and time.time() < deadline:
+            if (tmp_path / "last.pt").exists() and len((tmp_path / "log.jsonl").read_text().splitlines()) > seen + 2:
+                process.send_signal(number)
+                break
+            time.sleep(0.02)
+        process.communicate(timeout=300)
+        ends.append(process.returncode)
+    assert ends[0] == -signal.SIGKILL and ends[1] in (0, 130)  # 0 if it was done before the signal came
+    assert train(toy, tmp_path, "--resume") == 0
+    assert [r["step"] for r in log_of(tmp_path) if "E_r" in r] == [r["step"] for r in log_of(whole_run) if "E_r" in r]
+    assert [r["labels_of_epoch"] for r in log_of(tmp_path) if "labels_of_epoch" in r] == [1, 2]
+
+
+def test_resume_of_a_finished_run_changes_nothing(toy, whole_run):
+    before = (whole_run / "last.pt").read_bytes()
+    assert train(toy, whole_run, "--resume") == 0
+    assert (whole_run / "last.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_stops_at_once(toy, tmp_path, monkeypatch):
+    original, calls = losses.cross_entropy_loss, [0]
+
+    def breaking(logits, labels):
+        calls[0] += 1
+        return original(logits, labels) * (torch.nan if calls[0] == 5 else 1)
+
+    monkeypatch.setattr(losses, "cross_entropy_loss", breaking)
+    with pytest.raises(train_boxsup.BadInput, match="E_r is nan at step 5"):
+        train(toy, tmp_path, "--save-every", 1)
+    last = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert last["step"] == 4 and all(value.isfinite().all() for value in last["model"].values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, other starts
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_two_processes(toy, tmp_path, whole_run):
+    """Sharded update, data and validation: one log, the same first labels, all boxes' choices in the checkpoint."""
+    process = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+         str(30500 + os.getpid() % 1000), SCRIPT, "--data", toy, "--out", tmp_path, *TINY],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    log, alone = log_of(tmp_path), log_of(whole_run)
+    assert log[0]["world"] == 2 and len([r for r in log if "args" in r]) == 1
+    assert [r["step"] for r in log if "E_r" in r] == [1, 2, 3, 4, 5, 6]
+    first, other = ([r for r in records if "labels_of_epoch" in r][0] for records in (log, alone))
+    assert first == pytest.approx(other)
+    checkpoint, there = (torch.load(out / "last.pt", weights_only=True) for out in (tmp_path, whole_run))
+    assert torch.equal(checkpoint["boxes_of"], there["boxes_of"])
+    assert len(checkpoint["choices"]) == len(there["choices"]) > 12
+
+
+def test_init_from_another_class_count_starts_the_last_layer_fresh(toy, tmp_path, whole_run, capsys):
+    other = draw(tmp_path, 12, 1)
+    names = (other / "VOC2012" / "class_names.txt").read_text().split()
+    (other / "VOC2012" / "class_names.txt").write_text("\n".join(names + ["one", "more"]) + "\n")
+    assert train(other, tmp_path / "out", "--init", whole_run / "best.pt", "--labels", "masks", "--epochs", 1) == 0
+    said = capsys.readouterr().out
+    assert "fresh: segmentation.3.weight, segmentation.3.bias\n" in said and "7 classes" in said
+
+
+def test_vgg_takes_a_step(toy, tmp_path):
+    assert train(toy, tmp_path, "--backbone", "vgg16", "--large-fov", "--labels", "masks", "--epochs", 1, "--lr", 1e-3,
+                 "--val-split", "none", "--batch-size", 12) == 0
+    network, checkpoint = load_network(tmp_path / "last.pt")
+    assert checkpoint["arch"]["network"] == "DeepLabVGG16" and checkpoint["arch"]["large_fov"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------------
+
+def complaint(*flags):
+    process = subprocess.run([sys.executable, SCRIPT, *map(str, flags)], capture_output=True, text=True,
+                             env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.returncode == 2, (process.returncode, process.stdout, process.stderr)
+    assert len(process.stderr.strip().splitlines()) == 1 and "Traceback" not in process.stderr, process.stderr
+    return process.stderr
+
+
+def test_no_data_names_three_ways_on(tmp_path):
+    said = complaint("--data", tmp_path / "nowhere")
+    assert "nowhere" in said and "--download" in said and "toy_voc.py" in said and "own" in said
+
+
+def test_corrupt_candidates_met_by_a_worker_are_one_line(tmp_path):
+    data = draw(tmp_path, 4, 2)
+    broken = sorted((data / "VOC2012" / "Candidates-mcg").glob("*.npz"))[1]
+    broken.write_bytes(broken.read_bytes()[:300])
+    said = complaint("--data", data, "--out", tmp_path / "out", *TINY, "--workers", 1)
+    assert broken.name in said and "delete" in said
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--crop", "8"], "--crop 8"),
+    (["--top-k", "0"], "--top-k"),
+    (["--device", "meta"], "--device meta"),
+    (["--weight", "-1"], "--weight"),
+    (["--large-fov"], "--backbone vgg16"),
+    (["--val-split", "nosuch"], "nosuch.txt"),
+    (["--batch-size", "13"], "--batch-size 12 or less"),
+    (["--masks-list", "nosuch.txt"], "nosuch.txt"),
+    (["--masks-list", __file__, "--labels", "masks"], "--masks-list"),
+    (["--split", "nosuch"], "nosuch.txt"),
+    (["--labels", "grabcut"], "python grabcut_labels.py"),
+    (["--weights", "nosuch.pth"], "nosuch.pth"),
+    (["--init", "nosuch.pt"], "nosuch.pt"),
+    (["--resume"], "last.pt"),
+    (["--device", "cuda:99"], "CUDA"),
+])
+def test_bad_flags(toy, tmp_path, flags, words):
+    with pytest.raises((train_boxsup.BadInput, ValueError)) as caught:
+        train(toy, tmp_path / "out", *flags)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_arguments(toy, whole_run):
+    before = (whole_run / "last.pt").read_bytes()
+    with pytest.raises(train_boxsup.BadInput, match="--resume"):
+        train(toy, whole_run)
+    with pytest.raises(train_boxsup.BadInput, match="--top-k 5: the run in .* has 2"):
+        train(toy, whole_run, "--resume", "--top-k", 5)
+    assert (whole_run / "last.pt").read_bytes() == before
