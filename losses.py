@@ -317,7 +317,7 @@ def overlap_cost(boxes, candidate_boxes):
 def regression_cost(logits, superpixels, members, boxes, classes, overlap="out"):
     """BoxSup Eq. 3 for every box with every segment: how badly the label map that this choice makes fits the network.
 
-        E_r(k, n) = 1/|B_k|  sum_{p in B_k}  e(X(p), class k if p in S_n, background otherwise)     e: cross-entropy
+        E_r(k, n) = 1/HW  sum_{p in B_k}  e(X(p), class k if p in S_n, background otherwise)        e: cross-entropy
 
     logits (L+1, H, W) at the image's own resolution, superpixels (H, W) ids 0..R-1, members (N, R) bool or 0 and 1,
     boxes (K, 4), classes (K,) in 1..L; overlap "out": a pixel in two boxes or more counts in none, "smaller": it counts
@@ -326,11 +326,13 @@ def regression_cost(logits, superpixels, members, boxes, classes, overlap="out")
     Only the pixels of the segment tell its cost from another's: with background everywhere, sum_p e(X(p), 0), taken
     apart, what is left is a sum over superpixels, and all boxes and segments together are one matrix product,
 
-        |B_k| E_r(k, n) = sum_p e(X(p), 0)  +  sum_r members(n, r) D(k, r)
-        D(k, r)         = sum_{p in B_k and superpixel r}  e(X(p), class k) - e(X(p), 0)
+        HW E_r(k, n) = sum_p e(X(p), 0)  +  sum_r members(n, r) D(k, r)
+        D(k, r)      = sum_{p in B_k and superpixel r}  e(X(p), class k) - e(X(p), 0)
     """
     # PAPER SILENT: Eq. 3 as printed sums over all pixels of the image, where Eq. 2 is at most 1: with lambda = 3, Eq. 2
-    # would have no say. We take the mean over the pixels of the box; what a segment covers outside is Eq. 2's matter.
+    # would have no say. We take what Eq. 1 is in training, the mean over the image, of the box's part of it; what a
+    # segment covers outside is Eq. 2's matter. (The mean over the box's pixels is several times larger: at lambda = 3 a
+    # network that is not yet sure of its objects then picks scraps, and the masks get worse by its feedback.)
     # PAPER SILENT: what Eq. 3 expects where boxes overlap, when each box chooses by itself. Whatever the other box
     # chooses there, "background outside the segment" may be wrong of it: pixels in more than one box are left out.
     # (overlap="smaller" keeps a box inside another one in the game, which "out" leaves to Eq. 2 alone.)
@@ -357,11 +359,11 @@ def regression_cost(logits, superpixels, members, boxes, classes, overlap="out")
 
     cell = (owner * R + superpixels).flatten()                                   # where a pixel adds to, in (K+1, R)
     table = torch.zeros((K + 1) * R, dtype=log_y.dtype, device=log_y.device)
-    background, D, pixels = (table.scatter_add(0, cell, e.flatten()).view(K + 1, R)[1:]           # (K, R)
-                             for e in (e_background, e_class - e_background, torch.ones_like(e_background)))
+    background, D = (table.scatter_add(0, cell, e.flatten()).view(K + 1, R)[1:]                   # (K, R)
+                     for e in (e_background, e_class - e_background))
     with torch.autocast(D.device.type, enabled=False):  # autocast would round the sums to 16 bits
         total = background.sum(1, keepdim=True) + D @ members.to(D.dtype).T                       # (K, N)
-    return (total / pixels.sum(1, keepdim=True).clamp(min=1))[order.argsort()]
+    return total[order.argsort()] / (H * W)
 
 
 def candidate_cost(logits, superpixels, members, candidate_boxes, boxes, classes, weight=3.0, overlap="out"):

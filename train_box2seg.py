@@ -406,6 +406,8 @@ def main(argv):
     saved = None
     if args.resume:
         saved = load(out / "last.pt")
+        if vars(args).keys() != saved["args"].keys():
+            raise BadInput(f"{out / 'last.pt'}: not a run of this script, or not of this version: start another --out")
         free = {"out", "resume", "overwrite", "data", "labels", "device", "workers", "log_every", "save_every"}
         for name, value in given.items():
             if name not in free and value != saved["args"][name]:

@@ -3,14 +3,14 @@
     python train_boxsup.py --data VOCdevkit                                    # Table 1: boxes only, 62.0 in the paper
     python train_boxsup.py --data VOCdevkit --labels rectangles                # a row of Table 2
     python train_boxsup.py --data VOCdevkit --method ss                        # a row of Table 3
-    python train_boxsup.py --data VOCdevkit --masks-list train.txt             # Table 1: 1,464 masks, the rest boxes
+    python train_boxsup.py --masks-list VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt    # Table 1: 1,464 masks
     python train_boxsup.py --data toy/VOCdevkit --recipe small                 # drawn data, minutes on a laptop
     torchrun --nproc-per-node 4 train_boxsup.py --data VOCdevkit               # four GPUs, the same total batch
     python train_boxsup.py --resume --out runs/boxsup                          # go on where it stopped, bit for bit
 
-Reads    VOC2012/{JPEGImages,Annotations,ImageSets/Segmentation}, true masks to validate on, and for --labels grabcut
-         the GrabCutMasks of grabcut_labels.py.
-Writes   VOC2012/Candidates-mcg/<id>.npz where missing (mcg_candidates.py), and in --out:
+Reads    VOC2012/{JPEGImages,Annotations,ImageSets/Segmentation}, Candidates-mcg/<id>.npz (made where missing, see
+         mcg_candidates.py), true masks to validate on, and for --labels grabcut the GrabCutMasks of grabcut_labels.py.
+Writes   in --out:
          masks/<id>.png     the masks that the network trains on now, made anew before each epoch; masks-1/, masks-2/
                             those of the --extra sets
          masks.png          some of them over the epochs, as in the paper's Fig. 3
@@ -57,12 +57,14 @@ LABELS = ("candidates", "rectangles", "grabcut", "masks")
 # --recipe sets these defaults; a flag of its own overrides each.
 # PAPER SILENT: crop, augmentation, momentum, weight decay and the rate of the new layer; the baseline's (DeepLab, Chen
 # et al., ICLR 2015), which the paper says it reproduces: crops of 321, mirrored but not scaled, 0.9, 5e-4, ten times.
-# PAPER SILENT: a setting for networks that start from scratch; "small" is ours, with the views of train_box2seg.py.
+# PAPER SILENT: a setting for networks that start from scratch; "small" is ours, with the views of train_box2seg.py, and
+# with labels by E_o alone for half of the epochs. A network that still takes everything for background makes E_r
+# smallest for the smallest segment, learns from that that there is nothing but background, and never comes back.
 RECIPES = {
     "paper": dict(backbone="vgg16", pretrained=True, crop=321, batch_size=20, epochs=45, lr_drop=15, lr=1e-3,
-                  head_lr=10.0, clip_norm=0.0, scale=[1.0, 1.0], colour=0.0),
-    "small": dict(backbone="resnet18", pretrained=False, crop=128, batch_size=8, epochs=9, lr_drop=4, lr=0.02,
-                  head_lr=1.0, clip_norm=10.0, scale=[0.5, 2.0], colour=0.3),
+                  head_lr=10.0, clip_norm=0.0, scale=[1.0, 1.0], colour=0.0, warm_up=1),
+    "small": dict(backbone="resnet18", pretrained=False, crop=128, batch_size=8, epochs=10, lr_drop=8, lr=0.02,
+                  head_lr=1.0, clip_norm=10.0, scale=[0.5, 2.0], colour=0.3, warm_up=5),
 }
 
 
@@ -237,8 +239,7 @@ def choose(cost, overlaps, top_k, rng):
     for k, row in enumerate(cost):
         n = min(top_k, np.isfinite(row).sum())
         if n:
-            best = np.argpartition(row, n - 1)[:n]
-            choice[k] = best[np.lexsort((best, row[best]))][rng.integers(n)]
+            choice[k] = np.argsort(row, kind="stable")[rng.integers(n)]
     return choice
 
 
@@ -250,7 +251,7 @@ def segments_of(choice, candidates):
 def update_labels(network, images, indices, previous, epoch, args, autocast, num_classes, bar, stop):
     """Sect. 4.3, first step: with the network fixed, give each box its segment, and write the masks that result.
 
-    network: in eval mode, or None before the first epoch; indices: this process's share of the images with boxes;
+    network: in eval mode, or None where E_o alone decides; indices: this process's share of the images with boxes;
     previous: {index: (K,) choice of the update before}.
     stop: a list that an interrupt fills.
     -> {index: (K,) int32 choices}, sums for the report (boxes with a segment, boxes without, cost, box IoU, boxes whose
@@ -273,7 +274,8 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
                 there = {key: value.to(device) for key, value in c.items()}
                 cost = losses.candidate_cost(logits, weight=args.weight, **there).cpu()           # (K, N), Eq. 4
         cost, overlap, c = cost.numpy(), overlap.numpy(), {key: value.numpy() for key, value in c.items()}
-        choice = choose(cost, overlap < 1, args.top_k, np.random.default_rng((args.seed, epoch, index)))
+        rng = np.random.default_rng((args.seed, epoch, index, 1))  # 1: not the stream that draws the image's crop
+        choice = choose(cost, overlap < 1, args.top_k, rng)
         labels = paint(c["superpixels"].shape, c["boxes"], c["classes"], segments_of(choice, c))
         picture, label_file, _ = images.files(index)
         write_label(label_file, labels)
@@ -437,7 +439,7 @@ def parse_arguments(argv):
     add("--val-split", default="val", help="list to validate on, 'none' for no validation (default %(default)s)")
     add("--recipe", default="paper", choices=list(RECIPES), help="defaults for the paper's setting, or for a small "
         "network from scratch on small pictures (default %(default)s)")
-    add("--out", help="folder for checkpoints, masks and log (default runs/boxsup, or runs/LABELS for the others)")
+    add("--out", help="folder for checkpoints, masks and log (default runs/boxsup, or runs/boxsup-LABELS)")
     add("--resume", action="store_true", help="go on from --out's last.pt, with its arguments")
     add("--overwrite", action="store_true", help="start anew though --out has a last.pt")
     add("--seed", type=int, default=0, help="of initial weights, order, crops and drawn segments (default %(default)s)")
@@ -458,6 +460,8 @@ def parse_arguments(argv):
         "mcg_candidates.py wrote them (paper: VOC 2007, COCO)")
     add("--top-k", type=int, default=5, metavar="K", help="draw one of the K cheapest candidates (paper: 5; 1: without "
         "sampling)")
+    add("--warm-up", type=int, metavar="EPOCHS", help="choose by E_o alone for so many epochs, while the network knows "
+        "nothing (ours: 1, before any epoch it cannot; default %(default)s)")
     add("--weight", type=float, default=3.0, help="lambda of Eq. 4 (paper: 3)")
 
     group = parser.add_argument_group("network")
@@ -507,7 +511,7 @@ def parse_arguments(argv):
     add("--save-every", type=int, default=500, help="steps between checkpoints within an epoch (default %(default)s)")
     add("--val-every", type=int, default=1, help="epochs between validations (default %(default)s)")
     add("--show-epochs", type=int, nargs="*", default=[1, 5, 20], metavar="E", help="epochs whose masks are "
-        "shown by masks.png (paper, Fig. 3: 1 5 20)")
+        "shown by masks.png, besides the last (paper, Fig. 3: 1 5 20)")
     add("--show-images", type=int, default=6, metavar="N", help="of so many images (ours: %(default)s)")
 
     first = argparse.ArgumentParser(add_help=False)  # the recipe decides on the other defaults, so it is read first
@@ -530,7 +534,8 @@ def check(args):
     for ok, message in [
         (args.crop >= 32, f"--crop {args.crop}: wanted 32 or more"),
         (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: wanted 0 < MIN <= MAX"),
-        (min(args.epochs, args.lr_drop, args.top_k) >= 1, "--epochs, --lr-drop, --top-k: wanted at least 1"),
+        (min(args.epochs, args.lr_drop, args.top_k, args.warm_up) >= 1,
+         "--epochs, --lr-drop, --top-k, --warm-up: wanted at least 1"),
         (min(args.workers, args.seed, args.clip_norm, args.weight, args.head_lr, args.show_images) >= 0,
          "--workers, --seed, --clip-norm, --weight, --head-lr, --show-images: wanted 0 or more"),
         (0 <= args.colour < 1, f"--colour {args.colour}: wanted 0 <= colour < 1"),
@@ -557,16 +562,17 @@ def training_images(voc, names, args, out):
     ids, list_file = training_list(voc, args.split)
     pictures = voc / "JPEGImages"
     masked = ids if args.labels == "masks" else read_list(args.masks_list) if args.masks_list else []
-    boxed = [] if args.labels == "masks" else [i for i in ids if i not in set(masked)]
+    if outside := set(masked) - set(ids):
+        raise BadInput(f"{args.masks_list}: {min(outside)} is not in {list_file}: take it off, or give another --split")
+    with_masks = set(masked)
+    boxed = [i for i in ids if i not in with_masks]
     if masked:
         images.add(masked, pictures, None, None)
-    if boxed and args.labels != "candidates":
-        images.add(boxed, pictures, None, Path(args.grabcut or voc / "GrabCutMasks") if args.labels == "grabcut" else
-                   out / "masks")
-    updated = 0
-    if boxed and args.labels == "candidates":
-        images.add(boxed, pictures, Path(args.candidates or voc / f"Candidates-{args.method}"), out / "masks")
-        updated += len(boxed)
+    if boxed:
+        candidates = Path(args.candidates or voc / f"Candidates-{args.method}")
+        images.add(boxed, pictures, *{"rectangles": (None, out / "masks"), "candidates": (candidates, out / "masks"),
+                                      "grabcut": (None, Path(args.grabcut or voc / "GrabCutMasks"))}[args.labels])
+    updated = len(boxed) if args.labels == "candidates" else 0
     for number, folder in enumerate(map(Path, args.extra), 1):
         source, extra = read_source(folder), sorted(path.stem for path in folder.glob("*.npz"))
         if source["class_names"] != names:
@@ -577,11 +583,11 @@ def training_images(voc, names, args, out):
     return images, updated, list_file, (len(masked), len(boxed), len(images.ids) - len(masked) - len(boxed))
 
 
-def write_rectangles(images, names, out, keep):
+def write_rectangles(images, indices, names, keep):
     """--labels rectangles: each box filled with its class (Fig. 2c), written once to out/masks. keep: what is there."""
-    for index, image_id in enumerate(tqdm(images.ids, "rectangles", unit="image", disable=None)):
-        picture, label_file, _ = images.files(index)
-        if label_file is None or label_file.parent != out / "masks" or (keep and label_file.exists()):
+    for index in tqdm(indices, "rectangles", unit="image", disable=None):
+        image_id, (picture, label_file, _) = images.ids[index], images.files(index)
+        if keep and label_file.exists():
             continue
         size = read_image(picture).shape[:2]
         boxes, classes = read_boxes(images.voc / "Annotations" / f"{image_id}.xml", names, size)
@@ -597,10 +603,12 @@ def build_network(args, num_classes, weights, pretrained):
 
 def main(argv):
     args, given = parse_arguments(argv)
-    out = Path(args.out or f"runs/{'boxsup' if args.labels == 'candidates' else args.labels}")
+    out = Path(args.out or f"runs/boxsup{'' if args.labels == 'candidates' else '-' + args.labels}")
     saved = None
     if args.resume:
         saved = load(out / "last.pt")
+        if vars(args).keys() != saved["args"].keys():
+            raise BadInput(f"{out / 'last.pt'}: not a run of this script, or not of this version: start another --out")
         free = {"out", "resume", "overwrite", "data", "candidates", "grabcut", "device", "workers", "log_every",
                 "save_every"}
         for name, value in given.items():
@@ -629,7 +637,7 @@ def main(argv):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not args.deterministic  # all crops are of one size
+    torch.backends.cudnn.benchmark = not args.deterministic  # nearly all that passes are crops, of one size
 
     # ---- data
     if args.download and not saved and rank == 0:
@@ -654,14 +662,14 @@ def main(argv):
     if rank == 0:
         if args.labels == "candidates" and boxed:
             summary = mcg_candidates.make_candidates(voc, images.ids[masked:masked + boxed], out=args.candidates,
-                                                     method=args.method, workers=args.workers)
+                                                     method=args.method, workers=args.workers or 1)
             if summary["failures"]:
                 raise BadInput(f"{len(summary['failures'])} images got no candidates ({summary['failures'][0]}): mend "
                                f"them or take them off {list_file}")
         for folder in {labels for _, _, labels in images.sources if labels and labels.parent == out}:
             folder.mkdir(parents=True, exist_ok=True)
         if args.labels == "rectangles":
-            write_rectangles(images, names, out, keep=bool(saved))
+            write_rectangles(images, range(masked, masked + boxed), names, keep=bool(saved))
     if world > 1:
         dist.barrier()
     for index in range(n):
@@ -777,8 +785,9 @@ def main(argv):
             mine = list(range(n - updated, n))[rank::world]
             with tqdm(total=len(mine), disable=None if rank == 0 else True, leave=False, unit="image",
                       desc="labels") as bar:
-                new, sums, confusion = update_labels(network if epoch else None, images, mine, choices, epoch, args,
-                                                     autocast, len(names), bar, interrupted)
+                teacher = network if epoch >= args.warm_up else None
+                new, sums, confusion = update_labels(teacher, images, mine, choices, epoch, args, autocast, len(names),
+                                                     bar, interrupted)
             if interrupted:
                 say("interrupted in the label update" + (f"; to go on: python train_boxsup.py --resume --out {out}"
                     if (out / "last.pt").exists() else " before the first epoch: start again"))
@@ -796,7 +805,7 @@ def main(argv):
                 report["mask_miou"] = losses.iou(confusion).nanmean().item()
             if rank == 0:
                 write_log(out / "log.jsonl", {"step": step + 1, "labels_of_epoch": epoch + 1, **report})
-                if epoch + 1 in args.show_epochs and args.show_images:
+                if epoch + 1 in (*args.show_epochs, args.epochs) and args.show_images:
                     show_masks(images, n - updated, out, epoch + 1, args.show_images)
             say(f"labels epoch {epoch + 1:{len(str(args.epochs))}d}/{args.epochs}  cost {report['cost']:.4f}  box IoU "
                 f"{report['box_iou']:.4f}  changed {report['changed']:4.0%}" + (
@@ -885,6 +894,8 @@ def main(argv):
                     checkpoint("best.pt")
             say(line, flush=True)
             checkpoint("last.pt")
+            if world > 1:  # nobody makes the next masks before the checkpoint that goes with these is written
+                dist.barrier()
         if interrupted:
             say(f"interrupted after step {step} of {total}; to go on: python train_boxsup.py --resume --out {out}")
             return 130

@@ -22,6 +22,9 @@ from pathlib import Path
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from train_boxsup import find_voc, training_list
+
 # row: (flags, mIoU in the paper on VOC 2012 val)
 TABLES = {
     "box2seg": {  # Tables 3 and 4
@@ -33,7 +36,8 @@ TABLES = {
     "boxsup": {  # Tables 2, 3 and 1
         "rectangles": (["--labels", "rectangles"], 52.3), "grabcut": (["--labels", "grabcut"], 55.2),
         "no-sampling": (["--top-k", "1"], 59.7), "boxsup": ([], 62.0), "ss": (["--method", "ss"], 59.5),
-        "gop": (["--method", "gop"], 60.4), "masks": (["--labels", "masks"], 63.8)}}
+        "gop": (["--method", "gop"], 60.4), "semi": (["--masks-list", "OUT/masks.txt"], 63.5),
+        "masks": (["--labels", "masks"], 63.8)}}
 DEFAULT = {"box2seg": ["box", "grabcut", "affinity", "aw-box", "aw-fr", "box2seg", "mask"],
            "boxsup": list(TABLES["boxsup"])}
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,14 +50,16 @@ def read_scores(folder):
     return {"miou": [record["miou"] for record in records if "miou" in record][-1], "masks": masks[:1] + masks[-1:]}
 
 
-def prepare(args):
+def prepare(args, out):
     """Labels and candidates that several runs would otherwise make at the same time."""
     flags = ["--data", args.data]
-    made = [["grabcut_labels.py", *flags]]
+    made = [["grabcut_labels.py", *flags]] if args.paper == "box2seg" or "grabcut" in args.rows else []
     if args.paper == "boxsup":
-        methods = {row if row in ("ss", "gop") else "mcg" for row in args.rows} if set(args.rows) & {
-            "boxsup", "no-sampling", "ss", "gop"} else set()
+        method_of = {"boxsup": "mcg", "no-sampling": "mcg", "semi": "mcg", "ss": "ss", "gop": "gop"}
+        methods = {method_of[row] for row in args.rows if row in method_of}
         made += [["mcg_candidates.py", *flags, "--method", method] for method in sorted(methods)]
+        voc = find_voc(args.data)  # "semi": every tenth image has a mask
+        (out / "masks.txt").write_text("\n".join(training_list(voc, None)[0][::10]) + "\n")
     for script, *rest in made:
         print("$ python", script, *rest, flush=True)
         if subprocess.run([sys.executable, ROOT / script, *rest]).returncode:
@@ -78,7 +84,7 @@ def main():
         parser.error(f"--rows {' '.join(sorted(unknown))}: known are {' '.join(table)}")
     out = Path(args.out or f"runs/ablation-{args.paper}")
     out.mkdir(parents=True, exist_ok=True)
-    prepare(args)
+    prepare(args, out)
 
     waiting = []  # (folder, command), seed by seed: a table of all rows stands early
     for seed in args.seeds:
@@ -88,7 +94,8 @@ def main():
             if (folder / "last.pt").exists():
                 command += ["--resume"]
             else:
-                command += ["--data", args.data, "--recipe", args.recipe, *table[row][0], "--seed", seed,
+                command += ["--data", args.data, "--recipe", args.recipe, "--seed", seed,
+                            *(flag.replace("OUT", str(out)) for flag in table[row][0]),
                             *(["--workers", 0] if args.jobs > 1 else []), *args.rest]
             if not (folder / "done.json").exists():
                 waiting.append((folder, list(map(str, command))))

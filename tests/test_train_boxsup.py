@@ -21,7 +21,7 @@ from train_boxsup import choose, paint, read_label, read_list
 SCRIPT = Path(__file__).resolve().parent.parent / "train_boxsup.py"
 # The least that still has every part: 3 steps an epoch.
 TINY = ("--recipe small --crop 32 --batch-size 4 --epochs 2 --scale 0.5 1 --workers 0 --log-every 1 --device cpu "
-        "--amp off --top-k 2").split()
+        "--amp off --top-k 2 --warm-up 1").split()
 
 
 def grid_candidates(voc, ids, folder):
@@ -205,6 +205,7 @@ def test_the_paper_recipe_is_the_paper():
     args, _ = train_boxsup.parse_arguments([])
     assert (args.backbone, args.pretrained, args.large_fov, args.method) == ("vgg16", True, False, "mcg")
     assert (args.epochs, args.batch_size, args.lr, args.lr_drop, args.top_k, args.weight) == (45, 20, 1e-3, 15, 5, 3)
+    assert args.warm_up == 1
     assert (args.crop, args.momentum, args.weight_decay, args.head_lr) == (321, 0.9, 5e-4, 10)
     assert args.show_epochs == [1, 5, 20]
 
