@@ -260,6 +260,25 @@ def test_the_rate_falls_in_steps_and_the_last_layer_has_its_own(toy, tmp_path):
     assert network.last_layer.out_channels == len(checkpoint["class_names"])
 
 
+def test_during_the_warm_up_the_network_has_no_say(toy, tmp_path, monkeypatch):
+    asked, original = [], losses.candidate_cost
+    monkeypatch.setattr(losses, "candidate_cost", lambda *args, **kwargs: asked.append(1) or original(*args, **kwargs))
+    assert train(toy, tmp_path, "--warm-up", 2, "--epochs", 3, "--top-k", 1) == 0
+    assert len(asked) == 12
+    updates = [r for r in log_of(tmp_path) if "labels_of_epoch" in r]
+    assert updates[1]["changed"] == 0 and updates[1]["cost"] == updates[0]["cost"] < updates[2]["cost"]
+
+
+def test_segments_and_crops_are_drawn_independently(toy, tmp_path, monkeypatch):
+    """NumPy takes a seed (0, 3) and a seed (0, 3, 0) for the same: no two draws may be equal but for such zeros."""
+    keys, original = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda key: keys.append(key) or original(key))
+    assert train(toy, tmp_path, "--epochs", 2) == 0
+    keys = [key for key in keys if len(key) > 2]  # of crops and of segments; (seed, epoch) is the order's
+    assert len(keys) == 2 * 12 + 2 * 12
+    assert len({np.trim_zeros(key, "b") for key in keys}) == len(keys)
+
+
 def test_semi_supervision_trains_on_truth_where_there_is_some(toy, tmp_path):
     voc = toy / "VOC2012"
     ids = read_list(voc / "ImageSets" / "Segmentation" / "train.txt")
@@ -337,6 +356,25 @@ def test_kill_9_and_ctrl_c(toy, tmp_path, whole_run):
     assert train(toy, tmp_path, "--resume") == 0
     assert [r["step"] for r in log_of(tmp_path) if "E_r" in r] == [r["step"] for r in log_of(whole_run) if "E_r" in r]
     assert [r["labels_of_epoch"] for r in log_of(tmp_path) if "labels_of_epoch" in r] == [1, 2]
+
+
+@pytest.mark.parametrize("where, after", [("candidate_cost", 5), ("cross_entropy_loss", 2)])
+def test_ctrl_c_in_a_label_update_and_in_an_epoch(toy, tmp_path, whole_run, monkeypatch, capsys, where, after):
+    calls, original = [0], getattr(losses, where)
+
+    def interrupted(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == after:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, where, interrupted)
+        assert train(toy, tmp_path) == 130
+    assert calls[0] == after and f"--resume --out {tmp_path}" in capsys.readouterr().out
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == {"candidate_cost": 3}.get(where, after)
+    assert train(toy, tmp_path, "--resume") == 0
+    assert_same_run(whole_run, tmp_path)
 
 
 def test_resume_of_a_finished_run_changes_nothing(toy, whole_run):
