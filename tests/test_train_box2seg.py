@@ -266,7 +266,8 @@ def test_two_processes(toy, tmp_path):
 
 def test_bf16_follows_float32(toy, tmp_path):
     for amp in ("off", "bf16"):
-        assert train(toy, tmp_path / amp, "--amp", amp, "--epochs", 1) == 0
+        # At the full rate this small net's first steps are chaotic: any rounding leads elsewhere.
+        assert train(toy, tmp_path / amp, "--amp", amp, "--epochs", 1, "--lr", 1e-4) == 0
     curves = [[r["L"] for r in log_of(tmp_path / amp) if "L" in r] for amp in ("off", "bf16")]
     assert curves[0] != curves[1] and np.allclose(*curves, rtol=0.1)
 
