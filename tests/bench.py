@@ -514,8 +514,8 @@ def input_(c):
 
 def evaluation(c):
     """evaluate.py's loop (read, forward, upsample, argmax, score) against the forward passes alone on pictures that are
-    on the device; with three scales; with three scales and the CRF (on a CPU in processes, whose start counts). Aim: at most 20 %
-    over it without CRF."""
+    on the device; with three scales; with three scales and the CRF (on a CPU in processes, whose start counts). Aim: at
+    most 20 % over it without CRF."""
     voc, ids = drawn(c.folder, c.pictures)
     names = evaluate.class_names(voc)
     network = Box2SegNet(CLASSES, c.backbone).plain().eval().to(c.device, memory_format=torch.channels_last)
