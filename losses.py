@@ -314,14 +314,14 @@ def overlap_cost(boxes, candidate_boxes):
     return 1 - both / (area + candidate_area - both).clamp(min=1)  # whole pixels: less than 1 is nothing at all
 
 
-def regression_cost(logits, superpixels, members, boxes, classes, overlap="out"):
+def regression_cost(logits, superpixels, members, boxes, classes):
     """BoxSup Eq. 3 for every box with every segment: how badly the label map that this choice makes fits the network.
 
         E_r(k, n) = 1/HW  sum_{p in B_k}  e(X(p), class k if p in S_n, background otherwise)        e: cross-entropy
 
     logits (L+1, H, W) at the image's own resolution, superpixels (H, W) ids 0..R-1, members (N, R) bool or 0 and 1,
-    boxes (K, 4), classes (K,) in 1..L; overlap "out": a pixel in two boxes or more counts in none, "smaller": it counts
-    in the smallest, as it is painted in B -> (K, N). A box that has no pixel left costs 0 with every segment.
+    boxes (K, 4), classes (K,) in 1..L -> (K, N). A pixel in two boxes or more counts in none; a box that has no pixel
+    left costs 0 with every segment, and Eq. 2 alone chooses.
 
     Only the pixels of the segment tell its cost from another's: with background everywhere, sum_p e(X(p), 0), taken
     apart, what is left is a sum over superpixels, and all boxes and segments together are one matrix product,
@@ -335,27 +335,20 @@ def regression_cost(logits, superpixels, members, boxes, classes, overlap="out")
     # network that is not yet sure of its objects then picks scraps, and the masks get worse by its feedback.)
     # PAPER SILENT: what Eq. 3 expects where boxes overlap, when each box chooses by itself. Whatever the other box
     # chooses there, "background outside the segment" may be wrong of it: pixels in more than one box are left out.
-    # (overlap="smaller" keeps a box inside another one in the game, which "out" leaves to Eq. 2 alone.)
     (H, W), K, R = superpixels.shape, len(boxes), members.shape[1]
     if logits.shape[1:] != superpixels.shape:  # gather would quietly take a corner
         raise ValueError(f"superpixels {tuple(superpixels.shape)} do not fit logits {tuple(logits.shape)}")
-    if overlap not in ("out", "smaller"):
-        raise ValueError(f"overlap {overlap!r}: wanted 'out' or 'smaller'")
 
-    # Whose is each pixel? Paint the boxes in, the smallest last, as in B, over 0, "nobody's".
-    order = ((boxes[:, 0] - boxes[:, 2]) * (boxes[:, 3] - boxes[:, 1])).argsort(stable=True)      # (K,), largest first
-    x0, y0, x1, y1 = boxes[order, :, None].unbind(1)                                              # (K, 1) each
+    # Whose is each pixel? 1..K, or 0, nobody's: in no box, or in several.
+    x0, y0, x1, y1 = boxes[:, :, None].unbind(1)                                                  # (K, 1) each
     y, x = torch.arange(H, device=boxes.device), torch.arange(W, device=boxes.device)
     inside = ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]                 # (K, H, W)
-    inside = F.pad(inside, (0, 0, 0, 0, 1, 0), value=True)                       # nobody has the whole picture
-    number = torch.arange(K + 1, dtype=torch.int16, device=boxes.device)[:, None, None]
-    owner = (inside * number).amax(0).long()                                                      # (H, W) 0..K
-    if overlap == "out":
-        owner = torch.where(inside[1:].sum(0) > 1, 0, owner)
+    number = torch.arange(1, K + 1, dtype=torch.int16, device=boxes.device)[:, None, None]
+    owner = torch.where(inside.sum(0) == 1, (inside * number).sum(0), 0)                          # (H, W) 0..K
 
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=0)     # (L+1, H, W)
     e_background = -log_y[0]                                                                      # (H, W)
-    e_class = -log_y.gather(0, F.pad(classes[order].long(), (1, 0))[owner][None])[0]              # (H, W), its owner's
+    e_class = -log_y.gather(0, F.pad(classes.long(), (1, 0))[owner][None])[0]                     # (H, W), its owner's
 
     cell = (owner * R + superpixels).flatten()                                   # where a pixel adds to, in (K+1, R)
     table = torch.zeros((K + 1) * R, dtype=log_y.dtype, device=log_y.device)
@@ -363,10 +356,10 @@ def regression_cost(logits, superpixels, members, boxes, classes, overlap="out")
                      for e in (e_background, e_class - e_background))
     with torch.autocast(D.device.type, enabled=False):  # autocast would round the sums to 16 bits
         total = background.sum(1, keepdim=True) + D @ members.to(D.dtype).T                       # (K, N)
-    return total[order.argsort()] / (H * W)
+    return total / (H * W)
 
 
-def candidate_cost(logits, superpixels, members, candidate_boxes, boxes, classes, weight=3.0, overlap="out"):
+def candidate_cost(logits, superpixels, members, candidate_boxes, boxes, classes, weight=3.0):
     """BoxSup Eq. 4, for every box with every segment: E_o + lambda E_r, lambda = 3 the paper's.
 
     Arguments as for Eq. 2 and 3, or logits None: E_o alone, for the first label update -> (K, N). Box k takes one of
@@ -380,8 +373,7 @@ def candidate_cost(logits, superpixels, members, candidate_boxes, boxes, classes
     # still random, and so would E_r be. That first update goes by E_o alone.
     if logits is None:
         return overlap_cost(boxes, candidate_boxes)
-    return overlap_cost(boxes, candidate_boxes) + weight * regression_cost(logits, superpixels, members, boxes, classes,
-                                                                           overlap)
+    return overlap_cost(boxes, candidate_boxes) + weight * regression_cost(logits, superpixels, members, boxes, classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

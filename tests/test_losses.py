@@ -231,22 +231,20 @@ def test_overlap_cost_by_hand():
 def test_regression_cost_by_hand():
     """e is in both boxes and left out. Box 0 is left with a, b, d; class 1 in the segment, background outside:
         a b: 1 + 3 + 3 = 7      a b d e: 1 + 3 + 1 = 5      c f and none: 2 + 1 + 3 = 6         ln 2 / 6 of it
-    Box 1 is left with f: 2, with c f 1. Box 1 is the smaller: with overlap="smaller" it has e and f,
-        a b and none: 2 + 2 = 4      a b d e: 3 + 2 = 5      c f: 2 + 1 = 3                     ln 2 / 6 of it
+    Box 1 is left with f: 2, with c f 1.
     """
     x = boxsup_by_hand()
     assert is_close(6 * losses.regression_cost(**x) / LN2, [[7, 5, 6, 6], [2, 2, 1, 2]])
-    assert is_close(6 * losses.regression_cost(**x, overlap="smaller") / LN2, [[7, 5, 6, 6], [4, 5, 3, 4]])
 
 
 def test_candidate_cost_by_hand():
     """E_o + 3 E_r, the paper's lambda by default: 1/2 + 7/2 ln 2 = 2.926015, 5/2 ln 2 = 1.732868, ...; lambda = 1:
-    1/2 + 7/6 ln 2 = 1.308672, ...; before the first epoch E_o alone."""
+    1/2 + 7/6 ln 2 = 1.308672, ..., 1 + 2/6 ln 2 = 1.231049, ...; before the first epoch E_o alone."""
     x = boxsup_by_hand() | dict(candidate_boxes=CANDIDATE_BOXES)
     assert is_close(losses.candidate_cost(**x), [[2.926015, 1.732868, 3.079442, 3.079442],
                                                  [1.693147, 1.493147, 1.013240, 1.693147]])
-    assert is_close(losses.candidate_cost(**x, weight=1, overlap="smaller"),
-                    [[1.308672, 0.577623, 1.693147, 1.693147], [1.462098, 1.377623, 1.013240, 1.462098]])
+    assert is_close(losses.candidate_cost(**x, weight=1), [[1.308672, 0.577623, 1.693147, 1.693147],
+                                                           [1.231049, 1.031049, 0.782191, 1.231049]])
     assert is_close(losses.candidate_cost(**x | dict(logits=None)), [[1 / 2, 0, 1, 1], [1, 4 / 5, 2 / 3, 1]])
 
 
@@ -1141,17 +1139,16 @@ def boxsup_scene(boxes, height=40, width=50, R=60, N=40, seed=0):
                 boxes=torch.tensor(boxes, dtype=torch.long).view(-1, 4), classes=torch.arange(len(boxes)) % 4 + 1)
 
 
-def dense_regression_cost(logits, superpixels, members, boxes, classes, overlap="out"):
+def dense_regression_cost(logits, superpixels, members, boxes, classes):
     """Eq. 3 as it reads: for each box and each mask a label map, its cross-entropy over the box's pixels."""
     log_y, costs = logits.double().log_softmax(0), torch.zeros(len(boxes), len(members), dtype=torch.float64)
-    painted, count = torch.full(superpixels.shape, -1), torch.zeros(superpixels.shape)
-    areas = [(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes.tolist()]
-    for k in sorted(range(len(boxes)), key=lambda k: -areas[k]):
-        x0, y0, x1, y1 = boxes[k].tolist()
-        painted[y0:y1, x0:x1] = k
+    count = torch.zeros(superpixels.shape)
+    for x0, y0, x1, y1 in boxes.tolist():
         count[y0:y1, x0:x1] += 1
     for k, c in enumerate(classes.tolist()):
-        mine = (painted == k) & ((count == 1) if overlap == "out" else True)
+        x0, y0, x1, y1 = boxes[k].tolist()
+        mine = torch.zeros(superpixels.shape, dtype=torch.bool)
+        mine[y0:y1, x0:x1] = count[y0:y1, x0:x1] == 1
         for n, segment in enumerate(members):
             mask = segment[superpixels]                                                           # (H, W)
             labels = torch.where(mask, c, 0)
@@ -1160,26 +1157,21 @@ def dense_regression_cost(logits, superpixels, members, boxes, classes, overlap=
     return costs
 
 
-@pytest.mark.parametrize("overlap", ["out", "smaller"])
 @pytest.mark.parametrize("name", BOXES)
-def test_regression_cost_against_dense_evaluation(name, overlap):
+def test_regression_cost_against_dense_evaluation(name):
     x = boxsup_scene(BOXES[name])
-    expected = dense_regression_cost(**x, overlap=overlap)
-    costs = losses.regression_cost(**x, overlap=overlap)
+    expected = dense_regression_cost(**x)
+    costs = losses.regression_cost(**x)
     assert costs.shape == (len(BOXES[name]), 40) and costs.dtype == torch.float64
     assert torch.allclose(costs, expected, rtol=0, atol=1e-10)
-    costs = losses.regression_cost(**x | dict(logits=x["logits"].float()), overlap=overlap)
+    costs = losses.regression_cost(**x | dict(logits=x["logits"].float()))
     assert costs.dtype == torch.float32 and torch.allclose(costs.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_overlap_decides_for_nested_boxes():
-    """Boxes 1 and 2 of "nested": box 1 lies inside box 0 and has no pixel of its own, so by "out" it costs 0 with every
-    segment and Eq. 2 alone chooses; by "smaller" it has its own say. Elsewhere both ways agree."""
-    x = boxsup_scene(BOXES["nested"])
-    out, smaller = losses.regression_cost(**x), losses.regression_cost(**x, overlap="smaller")
-    assert (out[1] == 0).all() and smaller[1].std() > 0.001 and smaller[1].min() > 0
-    x = boxsup_scene(BOXES["apart"])
-    assert torch.equal(losses.regression_cost(**x), losses.regression_cost(**x, overlap="smaller"))
+def test_a_box_inside_another_is_left_to_eq_2():
+    """Box 1 of "nested" lies inside box 0 and has no pixel of its own: Eq. 3 costs nothing, whatever the segment."""
+    costs = losses.regression_cost(**boxsup_scene(BOXES["nested"]))
+    assert (costs[1] == 0).all() and costs[0].std() > 0.001
 
 
 def test_regression_cost_in_float32_at_full_size():
@@ -1251,12 +1243,12 @@ def test_feedback_finds_the_object():
 
 def test_names_of_superpixels_and_order_of_boxes_do_not_matter():
     x = boxsup_scene(BOXES["overlapping"])
-    costs = losses.regression_cost(**x, overlap="smaller")
+    costs = losses.regression_cost(**x)
     new = torch.randperm(60, generator=seeded(3))                                              # r is now new[r]
     renamed = x | dict(superpixels=new[x["superpixels"]], members=x["members"][:, new.argsort()])
-    assert torch.allclose(losses.regression_cost(**renamed, overlap="smaller"), costs, rtol=0, atol=1e-12)
+    assert torch.allclose(losses.regression_cost(**renamed), costs, rtol=0, atol=1e-12)
     turned = x | dict(boxes=x["boxes"][[2, 0, 1]], classes=x["classes"][[2, 0, 1]])
-    assert torch.allclose(losses.regression_cost(**turned, overlap="smaller"), costs[[2, 0, 1]], rtol=0, atol=1e-12)
+    assert torch.allclose(losses.regression_cost(**turned), costs[[2, 0, 1]], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("box_dtype", [torch.int32, torch.int64, torch.float32, torch.float64])
@@ -1295,8 +1287,6 @@ def test_regression_cost_refuses_what_it_would_misread():
     x = boxsup_scene(BOXES["apart"])
     with pytest.raises(ValueError, match=r"superpixels \(20, 50\) do not fit logits \(5, 40, 50\)"):
         losses.regression_cost(**x | dict(superpixels=x["superpixels"][:20]))
-    with pytest.raises(ValueError, match="overlap 'both'"):
-        losses.regression_cost(**x, overlap="both")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
