@@ -22,7 +22,7 @@ import sys
 import threading
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import cv2
@@ -300,7 +300,6 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be made ({error.strerror}): name another folder by --out") from None
-    todo = [i for i in ids if not all((folder / f"{i}.png").exists() for folder in folders)]
     detecting = threading.Lock()
 
     def label(image_id):
@@ -316,22 +315,36 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
         write_label(folders[1] / f"{image_id}.png", mask)
         return fallbacks
 
-    summary = {"made": 0, "skipped": len(ids) - len(todo), "boxes": 0, "fallbacks": Counter(), "failures": []}
+    summary = {"made": 0, "skipped": 0, "boxes": 0, "fallbacks": Counter(), "failures": []}
     threads_before = cv2.getNumThreads()
     cv2.setNumThreads(1)  # each image on one core; OpenCV lets go of Python's lock, so threads serve as processes would
-    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    workers = workers or os.cpu_count()
+    pool, todo, jobs = ThreadPoolExecutor(workers), iter(ids), {}
     try:
-        jobs = {pool.submit(label, image_id): image_id for image_id in todo}
-        for job in tqdm(as_completed(jobs), "B and M", len(jobs), unit="image", disable=None if jobs else True):
-            try:
-                fallbacks = job.result()
-            except (BadInput, cv2.error) as error:  # one bad image does not stop the others
-                summary["failures"].append(f"{jobs[job]}: {' '.join(str(error).split())}")
-                tqdm.write(summary["failures"][-1], file=sys.stderr)
-                continue
-            summary["made"] += 1
-            summary["boxes"] += len(fallbacks)
-            summary["fallbacks"].update(why for why in fallbacks if why)
+        with tqdm(total=len(ids), desc="B and M", unit="image", disable=None if ids else True) as bar:
+            while True:
+                for image_id in todo:  # a few jobs ahead of the workers, however long the list is
+                    if all((folder / f"{image_id}.png").exists() for folder in folders):
+                        summary["skipped"] += 1
+                        bar.update()
+                        continue
+                    jobs[pool.submit(label, image_id)] = image_id
+                    if len(jobs) >= 3 * workers:
+                        break
+                if not jobs:
+                    break
+                for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+                    image_id = jobs.pop(job)
+                    bar.update()
+                    try:
+                        fallbacks = job.result()
+                    except (BadInput, cv2.error) as error:  # one bad image does not stop the others
+                        summary["failures"].append(f"{image_id}: {' '.join(str(error).split())}")
+                        tqdm.write(summary["failures"][-1], file=sys.stderr)
+                        continue
+                    summary["made"] += 1
+                    summary["boxes"] += len(fallbacks)
+                    summary["fallbacks"].update(why for why in fallbacks if why)
     finally:  # also on Ctrl-C: what is running is finished, what is waiting is dropped
         pool.shutdown(cancel_futures=True)
         cv2.setNumThreads(threads_before)
