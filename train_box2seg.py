@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import cv2
@@ -220,6 +221,11 @@ def initialize(network, path):
         raise BadInput(f"{path}: nothing in it fits this network: give the --backbone that it has")
     fresh = report["missing"] + report["reshaped"]
     return f"{path}: {len(report['loaded'])} tensors taken over, " + (f"fresh: {', '.join(fresh)}" if fresh else "all")
+
+
+def fingerprint(ids):
+    """A number that tells a list of images from another of the same length."""
+    return zlib.crc32("\n".join(ids).encode())
 
 
 def git_revision():
@@ -458,9 +464,9 @@ def main(argv):
         ids = [ids[i] for i in sorted(keep)]
     say(f"{len(ids)} training images from {list_file}, {len(names) - 1} classes"
         + (" (the paper's list has 10582 images)" if list_file.name == "trainaug.txt" else ""))
-    if saved and (saved["class_names"], saved["images"]) != (names, len(ids)):
+    if saved and (saved["class_names"], saved["images"], saved.get("list")) != (names, len(ids), fingerprint(ids)):
         raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
-                       "classes; give the --data that it had")
+                       "classes, other ones than here; give the --data that it had")
     if len(ids) < args.batch_size:
         raise BadInput(f"{list_file}: {len(ids)} images are less than one batch: give --batch-size {len(ids)} or less")
 
@@ -538,8 +544,9 @@ def main(argv):
             raise BadInput(f"the weights are not finite after step {step} of stage {stage}: stopped; try a lower --lr")
         if rank == 0:
             save(out / name, {"model": network.state_dict(), "arch": network.arch, "class_names": names,
-                              "args": vars(args), "images": len(ids), "optimizer": optimizer.state_dict(),
-                              "scaler": scaler.state_dict(), "stage": stage, "step": step, "best": best,
+                              "args": vars(args), "images": len(ids), "list": fingerprint(ids),
+                              "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                              "stage": stage, "step": step, "best": best,
                               "rng": torch.get_rng_state(),
                               "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
 

@@ -33,6 +33,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import cv2
@@ -368,6 +369,11 @@ def initialize(network, path):
     return f"{path}: {len(report['loaded'])} tensors taken over, " + (f"fresh: {', '.join(fresh)}" if fresh else "all")
 
 
+def fingerprint(ids):
+    """A number that tells a list of images from another of the same length."""
+    return zlib.crc32("\n".join(ids).encode())
+
+
 def git_revision():
     """Which code this run was made with, for the log; None outside a git checkout."""
     try:
@@ -461,7 +467,7 @@ def parse_arguments(argv):
     add("--top-k", type=int, default=5, metavar="K", help="draw one of the K cheapest candidates (paper: 5; 1: without "
         "sampling)")
     add("--warm-up", type=int, metavar="EPOCHS", help="choose by E_o alone for so many epochs, while the network knows "
-        "nothing (ours: 1, before any epoch it cannot; default %(default)s)")
+        "nothing (ours: 1, before any epoch it cannot, or 0 with --init; default %(default)s)")
     add("--weight", type=float, default=3.0, help="lambda of Eq. 4 (paper: 3)")
 
     group = parser.add_argument_group("network")
@@ -534,8 +540,8 @@ def check(args):
     for ok, message in [
         (args.crop >= 32, f"--crop {args.crop}: wanted 32 or more"),
         (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: wanted 0 < MIN <= MAX"),
-        (min(args.epochs, args.lr_drop, args.top_k, args.warm_up) >= 1,
-         "--epochs, --lr-drop, --top-k, --warm-up: wanted at least 1"),
+        (min(args.epochs, args.lr_drop, args.top_k) >= 1, "--epochs, --lr-drop, --top-k: wanted at least 1"),
+        (args.warm_up >= (0 if args.init else 1), f"--warm-up {args.warm_up}: wanted at least 1, or 0 with --init"),
         (min(args.workers, args.seed, args.clip_norm, args.weight, args.head_lr, args.show_images) >= 0,
          "--workers, --seed, --clip-norm, --weight, --head-lr, --show-images: wanted 0 or more"),
         (0 <= args.colour < 1, f"--colour {args.colour}: wanted 0 <= colour < 1"),
@@ -654,9 +660,9 @@ def main(argv):
     say(f"{len(images.ids)} training images, {len(names) - 1} classes: {masked} with masks, {boxed} with boxes "
         f"({args.labels}) of {list_file}, {extra} with boxes of other sets")
     n = len(images.ids)
-    if saved and (saved["class_names"], saved["images"]) != (names, n):
+    if saved and (saved["class_names"], saved["images"], saved.get("list")) != (names, n, fingerprint(images.ids)):
         raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
-                       "classes; give the --data that it had")
+                       "classes, other ones than here; give the --data that it had")
     if n < args.batch_size:
         raise BadInput(f"{list_file}: {n} images are less than one batch: give --batch-size {n} or less")
     if rank == 0:
@@ -747,8 +753,9 @@ def main(argv):
         if rank == 0:
             parts = [torch.from_numpy(choices[index]) for index in range(n - updated, n) if index in choices]
             save(out / name, {"model": network.state_dict(), "arch": network.arch, "class_names": names,
-                              "args": vars(args), "images": n, "optimizer": optimizer.state_dict(),
-                              "scaler": scaler.state_dict(), "step": step, "best": best,
+                              "args": vars(args), "images": n, "list": fingerprint(images.ids),
+                              "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                              "step": step, "best": best,
                               "choices": torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32),
                               "boxes_of": torch.tensor([len(part) for part in parts], dtype=torch.int64),
                               "rng": torch.get_rng_state(),

@@ -3,6 +3,8 @@
     python tests/candidate_quality.py --data VOCdevkit --split val --method mcg              makes them, measures time
     python tests/candidate_quality.py --data VOCdevkit --split val --candidates DIR          reads DIR/<id>.npz
     python tests/candidate_quality.py --data VOCdevkit --split val --method grabcut          one segment a box (or: box)
+    python tests/candidate_quality.py --data VOCdevkit --split train --candidates DIR --checkpoint runs/boxsup/last.pt
+                                                       what BoxSup's choice makes of them, by the weight of Eq. 3
 
 Reads   JPEGImages, Annotations, SegmentationClass and the list of VOC2012; writes nothing.
 
@@ -14,6 +16,9 @@ instance masks are needed. IoU leaves the pixels labelled 255 out. The columns, 
     top by box, best of five     IoU of the candidate whose tight box fits the annotated box best; best of the five
     limit                        IoU of the best union of superpixels: what no grouping can exceed
     seconds                      processor time an image, one thread
+
+With --checkpoint, over all boxes: mIoU of the label maps that BoxSup's update would paint (Sect. 4.3) with this network
+fixed, for several weights lambda of Eq. 4 (0: E_o alone), taking the cheapest candidate or one of the five cheapest.
 """
 import argparse
 import sys
@@ -26,9 +31,12 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import losses
 from grabcut_labels import grabcut
-from mcg_candidates import (METHODS, BadInput, box_iou, class_names, find_voc, read_boxes, read_candidates, read_image,
-                            read_label, read_list, tight_boxes)
+from mcg_candidates import (METHODS, BadInput, box_iou, candidates_folder, class_names, find_voc, read_boxes,
+                            read_candidates, read_image, read_label, read_list, tight_boxes)
+from model import load_network
+from train_boxsup import choose, full_size_logits, paint, segments_of, truth_file
 
 
 def object_scores(superpixels, members, truth, kind, box):
@@ -84,6 +92,30 @@ def cut_box(_, image, box):
     return grabcut(image, box)[0].astype(np.int32), np.array([[False, True]])
 
 
+def measure_choice(voc, ids, folder, network, weights, scale):
+    """Label maps by Eq. 4 -> {(lambda, k): confusion matrix (C, C)}, and that of the network's own prediction."""
+    names = class_names(voc)
+    matrices = {(weight, k): torch.zeros(len(names), len(names), dtype=torch.int64)
+                for weight in weights for k in (1, 5)}
+    predicted = torch.zeros(len(names), len(names), dtype=torch.int64)
+    for number, image_id in enumerate(tqdm(ids, unit="image")):
+        image = read_image(voc / "JPEGImages" / f"{image_id}.jpg")
+        c = read_candidates(Path(folder) / f"{image_id}.npz", image.shape[:2], len(names))
+        truth = torch.from_numpy(read_label(truth_file(voc, image_id), image.shape[:2], len(names)))
+        there = {key: torch.from_numpy(value) for key, value in c.items()}
+        with torch.inference_mode():
+            logits = full_size_logits(network, torch.from_numpy(image), scale)                    # (C, H, W)
+        predicted += losses.confusion_matrix(logits.argmax(0), truth, len(names))
+        E_o = losses.overlap_cost(there["boxes"], there["candidate_boxes"])                       # (K, N)
+        del there["candidate_boxes"]
+        E_r = losses.regression_cost(logits, **there)                                             # (K, N)
+        for (weight, k), matrix in matrices.items():
+            choice = choose((E_o + weight * E_r).numpy(), E_o.numpy() < 1, k, np.random.default_rng(number))
+            labels = paint(truth.shape, c["boxes"], c["classes"], segments_of(choice, c))
+            matrix += losses.confusion_matrix(torch.from_numpy(labels), truth, len(names))
+    return matrices, predicted
+
+
 def main():
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     parser.add_argument("--data", default="VOCdevkit", help="the VOCdevkit, or the VOC2012 folder in it")
@@ -92,12 +124,26 @@ def main():
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images of the list")
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="not the first N images of the list")
     parser.add_argument("--candidates", metavar="DIR", help="read NPZ files of mcg_candidates.py, whatever --method")
+    parser.add_argument("--checkpoint", metavar="FILE", help="what BoxSup's choice with this network makes of them")
+    parser.add_argument("--weights", type=float, nargs="+", default=[0, 0.3, 1, 3, 10], metavar="LAMBDA",
+                        help="with --checkpoint (default: 0 0.3 1 3 10)")
+    parser.add_argument("--val-scale", type=float, default=1.0, help="with --checkpoint: as in training (default: 1)")
     args = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
 
     voc = find_voc(args.data)
     ids = read_list(voc / "ImageSets" / "Segmentation" / f"{args.split}.txt")[args.skip:][:args.limit]
+    if args.checkpoint:
+        network, _ = load_network(args.checkpoint)
+        matrices, predicted = measure_choice(voc, ids, args.candidates or candidates_folder(voc, args.method), network,
+                                             args.weights, args.val_scale)
+        score = {key: 100 * losses.iou(matrix).nanmean().item() for key, matrix in matrices.items()}
+        print(f"{len(ids)} images; the network itself: {100 * losses.iou(predicted).nanmean().item():.1f} mIoU\n\n"
+              "| lambda | cheapest | one of five |\n|---|---|---|")
+        for weight in args.weights:
+            print(f"| {weight:g} | {score[weight, 1]:.1f} | {score[weight, 5]:.1f} |")
+        return
     if args.candidates:
         def make(image_id, image, _):
             found = read_candidates(Path(args.candidates) / f"{image_id}.npz", image.shape[:2])

@@ -1,6 +1,7 @@
 """train_boxsup.py: choice of segments, label update, every row of the tables, interrupts, processes, bad input."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -427,6 +428,12 @@ def test_init_from_another_class_count_starts_the_last_layer_fresh(toy, tmp_path
     assert "fresh: segmentation.3.weight, segmentation.3.bias\n" in said and "7 classes" in said
 
 
+def test_after_init_the_network_has_a_say_at_once(toy, tmp_path, whole_run):
+    assert train(toy, tmp_path, "--init", whole_run / "best.pt", "--warm-up", 0, "--epochs", 1, "--top-k", 1) == 0
+    (update,) = [r for r in log_of(tmp_path) if "labels_of_epoch" in r]
+    assert update["cost"] > 1 - update["box_iou"] + 0.01  # E_r is in it
+
+
 def test_vgg_takes_a_step(toy, tmp_path):
     assert train(toy, tmp_path, "--backbone", "vgg16", "--large-fov", "--labels", "masks", "--epochs", 1, "--lr", 1e-3,
                  "--val-split", "none", "--batch-size", 12) == 0
@@ -462,6 +469,7 @@ def test_corrupt_candidates_met_by_a_worker_are_one_line(tmp_path):
 @pytest.mark.parametrize("flags, words", [
     (["--crop", "8"], "--crop 8"),
     (["--top-k", "0"], "--top-k"),
+    (["--warm-up", "0"], "or 0 with --init"),
     (["--device", "meta"], "--device meta"),
     (["--weight", "-1"], "--weight"),
     (["--large-fov"], "--backbone vgg16"),
@@ -488,4 +496,10 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_arguments
         train(toy, whole_run)
     with pytest.raises(train_boxsup.BadInput, match="--top-k 5: the run in .* has 2"):
         train(toy, whole_run, "--resume", "--top-k", 5)
+    other = toy.parent / "another list" / "VOCdevkit"  # as long as the run's, but of other images
+    shutil.copytree(toy, other)
+    listed = other / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt"
+    listed.write_text("".join(reversed(listed.read_text().splitlines(keepends=True))))
+    with pytest.raises(train_boxsup.BadInput, match="trained on 12 images and 5 classes, other ones"):
+        train(other, whole_run, "--resume")
     assert (whole_run / "last.pt").read_bytes() == before
