@@ -60,12 +60,13 @@ LABELS = ("candidates", "rectangles", "grabcut", "masks")
 # et al., ICLR 2015), which the paper says it reproduces: crops of 321, mirrored but not scaled, 0.9, 5e-4, ten times.
 # PAPER SILENT: a setting for networks that start from scratch; "small" is ours, with the views of train_box2seg.py, and
 # with labels by E_o alone for half of the epochs. A network that still takes everything for background makes E_r
-# smallest for the smallest segment, learns from that that there is nothing but background, and never comes back.
+# smallest for the smallest segment, learns from that that there is nothing but background, and never comes back. Hence
+# a lambda of 1, too: the less sure a network is, the less should its say weigh.
 RECIPES = {
     "paper": dict(backbone="vgg16", pretrained=True, crop=321, batch_size=20, epochs=45, lr_drop=15, lr=1e-3,
-                  head_lr=10.0, clip_norm=0.0, scale=[1.0, 1.0], colour=0.0, warm_up=1),
+                  head_lr=10.0, clip_norm=0.0, scale=[1.0, 1.0], colour=0.0, warm_up=1, weight=3.0),
     "small": dict(backbone="resnet18", pretrained=False, crop=128, batch_size=8, epochs=10, lr_drop=8, lr=0.02,
-                  head_lr=1.0, clip_norm=10.0, scale=[0.5, 2.0], colour=0.3, warm_up=5),
+                  head_lr=1.0, clip_norm=10.0, scale=[0.5, 2.0], colour=0.3, warm_up=5, weight=1.0),
 }
 
 
@@ -468,7 +469,7 @@ def parse_arguments(argv):
         "sampling)")
     add("--warm-up", type=int, metavar="EPOCHS", help="choose by E_o alone for so many epochs, while the network knows "
         "nothing (ours: 1, before any epoch it cannot, or 0 with --init; default %(default)s)")
-    add("--weight", type=float, default=3.0, help="lambda of Eq. 4 (paper: 3)")
+    add("--weight", type=float, metavar="LAMBDA", help="of Eq. 3 in Eq. 4 (paper: 3; default %(default)s)")
 
     group = parser.add_argument_group("network")
     add = group.add_argument
