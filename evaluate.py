@@ -518,7 +518,7 @@ def save_pictures(voc, per_image, predicted, network, names, args):
 
     for folder, strip, scale in (
             (args.pictures, comparison_strip, None),
-            (args.attention, attention_strip, "attention; Eq. 3 uses it only in the boxes of its class (outlined)"),
+            (args.attention, attention_strip, "attention; Eq. 3 uses it only in the boxes of its class"),
             (args.affinity, affinity_strip, "affinity to the marked pixel (Eq. 9), below 0 as 0")):
         if not folder:
             continue
@@ -884,6 +884,10 @@ def main(argv):
     if not all(value is None or 0 < value < math.inf for value in (args.crf_w, args.crf_xy, args.crf_rgb,
                                                                    args.crf_search, args.crf_iterations)):
         parser.error("--crf-w, --crf-xy, --crf-rgb, --crf-search and --crf-iterations must be above 0")
+    if args.crf_search and (args.images or args.crf_backend != "torch"):
+        parser.error("--crf-search scores the torch backend against the truth: leave out --images and --crf-backend")
+    if args.workers < 0:
+        parser.error("--workers must be 0 or more")
     try:
         args.device = usable_device(args.device)
         return predict_folder(args) if args.images else evaluate(args)

@@ -319,7 +319,10 @@ def test_bad_places_and_devices(toy, checkpoint, tmp_path):
     assert "tpu" in refused("--data", toy, "--checkpoint", checkpoint, "--device", "tpu")
     for wrong in ([], ["--checkpoint", checkpoint, "--labels", toy],
                   ["--labels", toy, "--images", toy, "--out", tmp_path],
-                  ["--checkpoint", checkpoint, "--images", toy], ["--checkpoint", checkpoint, "--scales", 0]):
+                  ["--checkpoint", checkpoint, "--images", toy], ["--checkpoint", checkpoint, "--scales", 0],
+                  ["--checkpoint", checkpoint, "--workers", -1],
+                  ["--checkpoint", checkpoint, "--crf-search", 2, "--crf-backend", "pydensecrf"],
+                  ["--checkpoint", checkpoint, "--crf-search", 2, "--images", toy, "--out", tmp_path]):
         status, _, error = run("--data", toy, *wrong)
         assert status == 2 and "Traceback" not in error and "usage" in error
 
