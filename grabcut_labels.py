@@ -191,12 +191,12 @@ def cielab(image):
     return np.rint(lab).clip(0, 255).astype(np.uint8)
 
 
-def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=160, min_fill=0.15):
+def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=160, min_fill=0.15, colours="lab"):
     """GrabCut on one box -> (H, W) bool mask, and None, or why the mask is the whole box.
 
     image: (H, W, 3) uint8 RGB; box: x0, y0, x1, y1 inside it, half-open; same_class: (H, W) bool, what lies in boxes of
-    its class (default: in this one). The mask never leaves the box. It depends on nothing else, such as the order of
-    calls or the thread: the seed of the mixtures' k-means is set for each box.
+    its class (default: in this one); colours: "lab" or "rgb". The mask never leaves the box. It depends on nothing
+    else, such as the order of calls or the thread: the seed of the mixtures' k-means is set for each box.
     """
     x0, y0, x1, y1 = (int(corner) for corner in box)
     mask = np.zeros(image.shape[:2], bool)
@@ -206,7 +206,9 @@ def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=
     dx, dy = max(2, round(margin * (x1 - x0))), max(2, round(margin * (y1 - y0)))
     left, top = max(0, x0 - dx), max(0, y0 - dy)
     window = np.s_[top:y1 + dy, left:x1 + dx]
-    crop, inside = cielab(image[window]), mask[window]                                            # (h, w, 3), (h, w)
+    crop, inside = image[window], mask[window]                                                    # (h, w, 3), (h, w)
+    if colours == "lab":
+        crop = cielab(crop)
     h, w = inside.shape
     scale = min(1, working_size / (h * w) ** 0.5)
     size = max(1, round(w * scale)), max(1, round(h * scale))  # OpenCV's order: width, height
@@ -263,8 +265,10 @@ def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=
     return mask, None
 
 
-def grabcut_mask(image, boxes, classes, **options):
-    """Boxes (K, 4), classes (K,) -> M, (H, W) uint8, and K times None or why that box stayed whole. options: grabcut's.
+def grabcut_mask(image, boxes, classes, share=True, **options):
+    """Boxes (K, 4), classes (K,) -> M, (H, W) uint8, and K times None or why that box stayed whole.
+
+    share: whether other boxes of a box's class are "perhaps foreground" to it, not background; options: grabcut's.
 
     Smaller boxes are painted last, as in B; but where a smaller box's GrabCut sees background and a larger box's sees
     foreground, M is the larger one's class, B the smaller one's.
@@ -273,7 +277,7 @@ def grabcut_mask(image, boxes, classes, **options):
     fallbacks = [None] * len(boxes)
     boxes, classes = np.asarray(boxes).reshape(-1, 4), np.asarray(classes)
     for k in larger_first(boxes):
-        same = classes == classes[k]
+        same = (classes == classes[k]) & share
         same_class = box_mask(boxes[same], np.ones(same.sum()), mask.shape) == 1 if same.sum() > 1 else None
         found, fallbacks[k] = grabcut(image, boxes[k], same_class, **options)
         mask[found] = classes[k]
@@ -291,8 +295,8 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     """Makes B and M of the images where either is missing, on all cores, with a progress bar on stderr.
 
     voc: folder with JPEGImages; out: see label_paths; workers: threads (default: one per core); detect: None for the
-    annotation's boxes, or a function image -> boxes, classes; options: grabcut's. Returns {"made", "skipped": counts of
-    images, "boxes": count, "fallbacks": {reason: count of boxes}, "failures": ["id: what is wrong"]}.
+    annotation's boxes, or a function image -> boxes, classes; options: grabcut_mask's. Returns {"made", "skipped":
+    counts of images, "boxes": count, "fallbacks": {reason: count of boxes}, "failures": ["id: what is wrong"]}.
     """
     names, folders = class_names(voc), label_paths(voc, out, detect is not None)
     try:
@@ -518,6 +522,10 @@ def parse_arguments():
                      "the area of a square of so many pixels a side, but for a last cut (default: 160, ours)")
     cut.add_argument("--min-fill", type=float, default=0.15, help="where GrabCut keeps less than this part of a box, "
                      "the box stays whole (default: 0.15, ours)")
+    cut.add_argument("--colours", choices=("lab", "rgb"), default="lab", help="space of the colour models (default: "
+                     "lab, ours)")
+    cut.add_argument("--share", action=argparse.BooleanOptionalAction, default=True, help="do not take other boxes of "
+                     "the same class for background (default: so, ours)")
     source = parser.add_argument_group("boxes")
     source.add_argument("--boxes", choices=("annotation", "detector"), default="annotation", help="from Annotations/ "
                         "(default, paper) or from a COCO detector (paper: GrabCut-NoTrain-Det), whose labels go to "
@@ -557,7 +565,7 @@ def take_shard(ids, shard):
 
 def main():
     arguments = parse_arguments()
-    options = {key: getattr(arguments, key) for key in ("iterations", "margin", "working_size", "min_fill")}
+    options = {key: getattr(arguments, key) for key in ("iterations", "margin", "working_size", "min_fill", "colours")}
     if arguments.image:
         path, rate, why = show_mask(arguments.image, arguments.box, arguments.out, **options)
         print(f"{path}: filling rate {rate:.3f}" + (f" (the box stays whole: {why})" if why else ""))
@@ -574,7 +582,7 @@ def main():
                                arguments.score_threshold)
     folders = label_paths(voc, arguments.out, detect is not None)
     print(f"{len(ids)} images of {path} -> {folders[0]}, {folders[1]}")
-    summary = make_labels(voc, ids, arguments.out, arguments.workers, detect, **options)
+    summary = make_labels(voc, ids, arguments.out, arguments.workers, detect, share=arguments.share, **options)
 
     failures, fallbacks = summary["failures"], summary["fallbacks"]
     print(f"made {summary['made']}, already there {summary['skipped']}, failed {len(failures)}")

@@ -223,6 +223,24 @@ def test_the_neighbours_of_a_flock_are_no_background():
     assert ((together == 1) & band).sum() / ((together == 1) | band).sum() > 0.98
     apart, fallbacks = grabcut_mask(picture, boxes, [1, 2, 3])
     assert NOTHING in fallbacks and ((apart > 0) ^ band).sum() > 5 * ((together > 0) ^ band).sum()
+    alone, again = grabcut_mask(picture, boxes, [1, 1, 1], share=False)
+    assert np.array_equal(alone > 0, apart > 0) and again == fallbacks
+
+
+def test_plain_opencv_is_among_the_options():
+    """RGB, full size, neighbours ignored: cv2.grabCut's own answer on box and margin."""
+    picture, _, (x0, y0, x1, y1) = disc()
+    dx, dy = round(0.1 * (x1 - x0)), round(0.1 * (y1 - y0))
+    window = np.s_[y0 - dy:y1 + dy, x0 - dx:x1 + dx]
+    state = np.full((y1 - y0 + 2 * dy, x1 - x0 + 2 * dx), cv2.GC_BGD, np.uint8)
+    state[dy:-dy, dx:-dx] = cv2.GC_PR_FGD
+    cv2.setRNGSeed(0)
+    cv2.grabCut(picture[window], state, None, np.zeros((1, 65)), np.zeros((1, 65)), 5, cv2.GC_INIT_WITH_MASK)
+    plain, why = grabcut(picture, (x0, y0, x1, y1), colours="rgb", working_size=10_000)
+    assert why is None and np.array_equal(plain[window], state & 1 == 1)
+    noisy = (picture + np.random.default_rng(1).normal(0, 60, picture.shape)).clip(0, 255).astype(np.uint8)
+    lab, rgb = (grabcut(noisy, (x0, y0, x1, y1), colours=colours)[0] for colours in ("lab", "rgb"))
+    assert not np.array_equal(lab, rgb)
 
 
 def test_same_class_boxes_that_leave_no_background_do_not_count():
