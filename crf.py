@@ -30,8 +30,9 @@ import torch
 from PIL import Image, ImageOps
 
 # PAPER SILENT: the CRF's parameters, in both papers (BoxSup points to DeepLab); those that DeepLab's authors found by
-# search on held-out pictures, for a VGG-16 and for a ResNet-101, with their 10 iterations. A network of another
-# sharpness wants a search of its own: too confident probabilities leave the CRF nothing to say.
+# search on held-out pictures, for a VGG-16 and for a ResNet-101, with their 10 iterations (copies of their script for
+# LargeFOV have 49 pixels in place of 121). A network of another sharpness wants a search of its own: too confident
+# probabilities leave the CRF nothing to say.
 PRESETS = {"vgg16": dict(w=4, xy=121, rgb=5, gaussian_w=3, gaussian_xy=3),
            "resnet101": dict(w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy=3)}
 ITERATIONS = 10
