@@ -94,7 +94,8 @@ def main():
             if (folder / "last.pt").exists():
                 command += ["--resume"]
             else:
-                command += ["--data", args.data, "--recipe", args.recipe, "--seed", seed, "--val-every", 1000,  # the last
+                command += ["--data", args.data, "--recipe", args.recipe, "--seed", seed,
+                            "--val-every", 1000,  # the last epoch alone
                             *(flag.replace("OUT", str(out)) for flag in table[row][0]),
                             *(["--workers", 0] if args.jobs > 1 else []), *args.rest]
             if not (folder / "done.json").exists():
