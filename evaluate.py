@@ -30,6 +30,7 @@ Expect: the paper's Box2Seg reaches 74.9 (Table 3), its GrabCut labels on the an
 """
 import argparse
 import functools
+import importlib.util
 import itertools
 import json
 import math
@@ -143,7 +144,9 @@ def usable_device(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise BadInput(f"--device {name}: no such kind of device: give cpu, cuda or cuda:1") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device {name}: no such kind of device: give cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise BadInput(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs: give --device cpu, "
                        "or install a CUDA build of PyTorch")
@@ -190,6 +193,8 @@ def crf_options(network, args):
     """--crf and its kin -> options of dense_crf(), or None."""
     if not (args.crf or args.crf_search):
         return None
+    if args.crf_backend == "pydensecrf" and not importlib.util.find_spec("pydensecrf"):
+        raise BadInput("--crf-backend pydensecrf is not installed: pip install pydensecrf2, or leave the flag out")
     preset = args.crf
     if preset in (None, "auto"):
         preset = "vgg16" if network.arch["network"] == "DeepLabVGG16" else "resnet101"
@@ -684,6 +689,8 @@ def evaluate(args):
             band += confusion_matrix(torch.from_numpy(prediction[near]), torch.from_numpy(scored[near]), len(names))
         if args.save_png:
             write_label(args.save_png / f"{name}.png", prediction)
+    if not per_image:
+        raise BadInput(f"none of the {len(ids)} images could be scored, see above")
     if confusion.sum() == 0:
         raise BadInput(f"no pixel with a truth in the {len(ids)} images from {ids[0]} to {ids[-1]}: nothing to score")
 
@@ -759,7 +766,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 
 
 def predict_folder(args):
-    """A folder of plain pictures without truth: label PNGs in --out, pictures under their labels in --out/overlay."""
+    """A folder of plain pictures without truth: label PNGs in --out, pictures under their labels in --out/overlay; all
+    are made anew, since those that are there may be another network's."""
     if not args.images.is_dir():
         raise BadInput(f"no folder {args.images}: --images wants a folder of pictures")
     network, names = load_checkpoint(args.checkpoint, args.device)
@@ -893,6 +901,9 @@ def main(argv):
         return predict_folder(args) if args.images else evaluate(args)
     except BadInput as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    except (OSError, UnicodeDecodeError) as error:  # a full disk, a folder that may not be written, a list of bytes
+        print(f"evaluate.py: {error}: give another path, or mend the file", file=sys.stderr)
         return 2
 
 

@@ -868,7 +868,8 @@ def claim_folder(folder, images, names, method):
         if key == "images":
             there = os.path.relpath(there.resolve(), Path(folder).resolve())
         if there != source[key]:
-            raise BadInput(f"{path}: made with other {key} ({there}): name another folder by --out, or delete this one")
+            raise BadInput(f"{path}: made with other {key} ({there}): name another folder (--out; --candidates "
+                           "when training), or delete this one")
 
 
 # ---------------------------------------------------------------- boxes from COCO (Tables 1, 4, 5)

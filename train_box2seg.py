@@ -265,6 +265,8 @@ def trim_log(path, stage, step):
 def validate(network, voc, ids, num_classes, scale, autocast, rank, world):
     """mIoU in 0..1 over the list, at the images' own resolution; each process takes its share of the images."""
     device = next(network.parameters()).device
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # pictures have many sizes: to
+    # search for the fastest kernels at each would take longer than it saves
     if world > 1:  # batch norm's running statistics differ by process; rank 0's are those that get saved
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
@@ -277,6 +279,7 @@ def validate(network, voc, ids, num_classes, scale, autocast, rank, world):
         confusion += losses.confusion_matrix(prediction, truth, num_classes)
     if world > 1:
         dist.all_reduce(confusion)
+    torch.backends.cudnn.benchmark = benchmark
     return losses.iou(confusion).nanmean().item()
 # ==== end of shared block
 
@@ -354,7 +357,8 @@ def parse_arguments(argv):
         "that is bf16 where the hardware has it)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--sync-bn", action="store_true", help="batch norm over all processes")
-    add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower)")
+    add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower): "
+        "with them resuming is bit for bit on a GPU, too")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="data processes (default here: %(default)s)")
     add("--log-every", type=int, default=20, help="steps between log records (default %(default)s)")
     add("--save-every", type=int, default=500, help="steps between checkpoints within an epoch (default %(default)s)")
@@ -427,6 +431,8 @@ def main(argv):
     # ---- processes and devices: the same script alone or under torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index >= torch.cuda.device_count():
@@ -441,7 +447,6 @@ def main(argv):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not args.deterministic  # all crops are of one size
 
     # ---- data
     if args.download and not saved and rank == 0:
@@ -577,6 +582,7 @@ def main(argv):
             model = torch.nn.parallel.DistributedDataParallel(
                 model, [device] if device.type == "cuda" else None, find_unused_parameters=stage == 1)
         model.train()  # validation puts it back so
+        torch.backends.cudnn.benchmark = not args.deterministic  # all crops are of one size
         generator = torch.Generator(device)
         plan = batches(len(ids), args.batch_size, args.seed + stage, begin, total, rank, world)
         loader = iter(torch.utils.data.DataLoader(

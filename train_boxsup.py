@@ -412,6 +412,8 @@ def trim_log(path, stage, step):
 def validate(network, voc, ids, num_classes, scale, autocast, rank, world):
     """mIoU in 0..1 over the list, at the images' own resolution; each process takes its share of the images."""
     device = next(network.parameters()).device
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # pictures have many sizes: to
+    # search for the fastest kernels at each would take longer than it saves
     if world > 1:  # batch norm's running statistics differ by process; rank 0's are those that get saved
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
@@ -424,6 +426,7 @@ def validate(network, voc, ids, num_classes, scale, autocast, rank, world):
         confusion += losses.confusion_matrix(prediction, truth, num_classes)
     if world > 1:
         dist.all_reduce(confusion)
+    torch.backends.cudnn.benchmark = benchmark
     return losses.iou(confusion).nanmean().item()
 # ==== end of shared block
 
@@ -468,7 +471,7 @@ def parse_arguments(argv):
     add("--top-k", type=int, default=5, metavar="K", help="draw one of the K cheapest candidates (paper: 5; 1: without "
         "sampling)")
     add("--warm-up", type=int, metavar="EPOCHS", help="choose by E_o alone for so many epochs, while the network knows "
-        "nothing (ours: 1, before any epoch it cannot, or 0 with --init; default %(default)s)")
+        "nothing (ours: 1, before any epoch it cannot; with --init 0 may be given; default %(default)s)")
     add("--weight", type=float, metavar="LAMBDA", help="of Eq. 3 in Eq. 4 (paper: 3; default %(default)s)")
 
     group = parser.add_argument_group("network")
@@ -512,7 +515,8 @@ def parse_arguments(argv):
         "that is bf16 where the hardware has it)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--sync-bn", action="store_true", help="batch norm over all processes (ResNets)")
-    add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower)")
+    add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower): "
+        "with them resuming is bit for bit on a GPU, too")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="data processes (default here: %(default)s)")
     add("--log-every", type=int, default=20, help="steps between log records (default %(default)s)")
     add("--save-every", type=int, default=500, help="steps between checkpoints within an epoch (default %(default)s)")
@@ -630,6 +634,8 @@ def main(argv):
     # ---- processes and devices: the same script alone or under torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device(args.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", 0)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index >= torch.cuda.device_count():
@@ -644,7 +650,6 @@ def main(argv):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = not args.deterministic  # nearly all that passes are crops, of one size
 
     # ---- data
     if args.download and not saved and rank == 0:
@@ -683,6 +688,8 @@ def main(argv):
         picture, label_file, candidates = images.files(index)
         for path in (picture, candidates or label_file):
             if not path.exists():
+                if index >= masked + boxed:
+                    raise BadInput(f"no {path}, whose candidates are in {candidates.parent}: add it or delete them")
                 raise BadInput(f"no {path}, which {list_file} names: " + (
                     f"make it by python grabcut_labels.py --data {args.data}" if args.labels == "grabcut" and
                     path == label_file else "add it or take its id off the list"))
@@ -731,9 +738,6 @@ def main(argv):
         step, best = saved["step"], saved["best"]
         parts = saved["choices"].split(saved["boxes_of"].tolist())
         choices = {index: part.numpy() for index, part in zip(range(n - updated, n), parts)}
-        torch.set_rng_state(saved["rng"])  # dropout draws from it
-        if saved["cuda_rng"] is not None and device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"], device)
     total = args.epochs * per_epoch
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -758,9 +762,7 @@ def main(argv):
                               "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                               "step": step, "best": best,
                               "choices": torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32),
-                              "boxes_of": torch.tensor([len(part) for part in parts], dtype=torch.int64),
-                              "rng": torch.get_rng_state(),
-                              "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None})
+                              "boxes_of": torch.tensor([len(part) for part in parts], dtype=torch.int64)})
 
     # A first Ctrl-C (or a polite kill) lets the step finish, saves and leaves; a second one leaves at once. Several
     # processes would not stop at the same step, so there the last regular checkpoint is what remains.
@@ -790,6 +792,7 @@ def main(argv):
                 for buffer in network.buffers():
                     dist.broadcast(buffer, 0)
             network.eval()
+            torch.backends.cudnn.benchmark = False  # pictures have many sizes
             mine = list(range(n - updated, n))[rank::world]
             with tqdm(total=len(mine), disable=None if rank == 0 else True, leave=False, unit="image",
                       desc="labels") as bar:
@@ -822,6 +825,7 @@ def main(argv):
 
         # ---- network: labels fixed, one epoch of SGD on Eq. 1 (Sect. 4.3, second step)
         model.train()
+        torch.backends.cudnn.benchmark = not args.deterministic  # crops have one
         end = (epoch + 1) * per_epoch
         lr = args.lr * 0.1 ** (epoch // args.lr_drop)
         for group in optimizer.param_groups:
@@ -860,6 +864,8 @@ def main(argv):
             clock = time.time()
             image, labels = (t.to(device, non_blocking=True) for t in next(loader))
             waited += time.time() - clock
+            # VGG-16's dropout: a function of seed, step and process, as the crops are, so there is no state to keep
+            torch.manual_seed(int(np.random.SeedSequence((args.seed, step, rank)).generate_state(1)[0]))
             with autocast:
                 logits = model(normalize(image))
             logits = logits[0] if isinstance(logits, tuple) else logits  # Box2SegNet gives its branches in training

@@ -52,14 +52,19 @@ def read_scores(folder):
 
 def prepare(args, out):
     """Labels and candidates that several runs would otherwise make at the same time."""
-    flags = ["--data", args.data]
+    settings = json.dumps({"paper": args.paper, "data": args.data, "recipe": args.recipe, "split": args.split,
+                           "flags": args.rest})
+    if (out / "settings.json").exists() and (out / "settings.json").read_text() != settings:
+        sys.exit(f"{out} holds runs with other settings ({(out / 'settings.json').read_text()}): name another --out")
+    (out / "settings.json").write_text(settings)
+    flags = ["--data", args.data] + (["--split", args.split] if args.split else [])
     made = [["grabcut_labels.py", *flags]] if args.paper == "box2seg" or "grabcut" in args.rows else []
     if args.paper == "boxsup":
         method_of = {"boxsup": "mcg", "no-sampling": "mcg", "semi": "mcg", "ss": "ss", "gop": "gop"}
         methods = {method_of[row] for row in args.rows if row in method_of}
         made += [["mcg_candidates.py", *flags, "--method", method] for method in sorted(methods)]
         voc = find_voc(args.data)  # "semi": every tenth image has a mask
-        (out / "masks.txt").write_text("\n".join(training_list(voc, None)[0][::10]) + "\n")
+        (out / "masks.txt").write_text("\n".join(training_list(voc, args.split)[0][::10]) + "\n")
     for script, *rest in made:
         print("$ python", script, *rest, flush=True)
         if subprocess.run([sys.executable, ROOT / script, *rest]).returncode:
@@ -70,6 +75,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--paper", default="box2seg", choices=list(TABLES), help="default %(default)s")
     parser.add_argument("--data", default="toy/VOCdevkit", help="default %(default)s")
+    parser.add_argument("--split", help="list to train on (default: as the training script)")
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="default: those of Table 3, and mask; all of BoxSup's")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", help="default runs/ablation-PAPER")
@@ -96,6 +102,7 @@ def main():
             else:
                 command += ["--data", args.data, "--recipe", args.recipe, "--seed", seed,
                             "--val-every", 1000,  # the last epoch alone
+                            *(["--split", args.split] if args.split else []),
                             *(flag.replace("OUT", str(out)) for flag in table[row][0]),
                             *(["--workers", 0] if args.jobs > 1 else []), *args.rest]
             if not (folder / "done.json").exists():

@@ -67,7 +67,7 @@ def measure(voc, ids, make, progress=True):
         alone = [k for k in range(len(kinds)) if (kinds == kinds[k]).sum() == 1]
         if not alone:
             continue
-        truth = read_label(voc / "SegmentationClass" / f"{image_id}.png", image.shape[:2], len(names))
+        truth = read_label(truth_file(voc, image_id), image.shape[:2], len(names))
         began = time.process_time()
         made = [make(image_id, image, box) for box in (boxes[alone] if make in (whole_box, cut_box) else [None])]
         seconds.append(time.process_time() - began)
@@ -135,7 +135,9 @@ def main():
     voc = find_voc(args.data)
     ids = read_list(voc / "ImageSets" / "Segmentation" / f"{args.split}.txt")[args.skip:][:args.limit]
     if args.checkpoint:
-        network, _ = load_network(args.checkpoint)
+        network, saved = load_network(args.checkpoint)
+        if saved["class_names"] != class_names(voc):
+            raise BadInput(f"{args.checkpoint}: trained on other classes ({' '.join(saved['class_names'])})")
         matrices, predicted = measure_choice(voc, ids, args.candidates or candidates_folder(voc, args.method), network,
                                              args.weights, args.val_scale)
         score = {key: 100 * losses.iou(matrix).nanmean().item() for key, matrix in matrices.items()}
@@ -167,6 +169,6 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except BadInput as error:
+    except (BadInput, ValueError) as error:
         print(f"candidate_quality.py: {error}", file=sys.stderr)
         sys.exit(2)

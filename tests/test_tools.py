@@ -29,8 +29,8 @@ def folder(tmp_path_factory):
 
 
 def ablation(folder):
-    return call("ablation.py", "--data", "VOCdevkit", "--paper", "boxsup", "--rows", "rectangles", "boxsup", "--seeds", 3,
-                "--", *TINY, "--warm-up", 1, folder=folder)
+    return call("ablation.py", "--data", "VOCdevkit", "--paper", "boxsup", "--rows", "rectangles", "boxsup",
+                "--seeds", 3, "--", *TINY, "--warm-up", 1, folder=folder)
 
 
 def test_ablation_prints_rows_and_runs_nothing_twice(folder):
@@ -46,11 +46,12 @@ def test_ablation_prints_rows_and_runs_nothing_twice(folder):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")} == before
 
 
-def test_ablation_of_a_row_that_fails(folder):
-    out = call("ablation.py", "--data", "VOCdevkit", "--paper", "boxsup", "--rows", "rectangles", "--seeds", 4, "--",
-               "--crop", 1, folder=folder, status=1)
-    assert "mIoU" not in out
-    assert "--crop 1: wanted 32" in (folder / "runs" / "ablation-boxsup" / "rectangles-4.log").read_text()
+def test_ablation_of_a_row_that_fails_and_of_other_settings(folder):
+    flags = "--data", "VOCdevkit", "--paper", "boxsup", "--rows", "rectangles", "--", "--crop", 1
+    assert "mIoU" not in call("ablation.py", "--out", "other", *flags, folder=folder, status=1)
+    assert "--crop 1: wanted 32" in (folder / "other" / "rectangles-0.log").read_text()
+    call("ablation.py", *flags, folder=folder, status=1)  # the first test's folder: of other flags
+    assert not (folder / "runs" / "ablation-boxsup" / "rectangles-0.log").exists()
 
 
 def test_candidate_quality(folder):
