@@ -270,6 +270,18 @@ def test_during_the_warm_up_the_network_has_no_say(toy, tmp_path, monkeypatch):
     assert updates[1]["changed"] == 0 and updates[1]["cost"] == updates[0]["cost"] < updates[2]["cost"]
 
 
+def test_scraps_are_reported(toy, tmp_path, monkeypatch, capsys):
+    """A network whose say makes segments that do not fit their boxes: the run says what to do."""
+    assert train(toy, tmp_path / "fine", "--epochs", 1) == 0
+    (update,) = [r for r in log_of(tmp_path / "fine") if "labels_of_epoch" in r]
+    assert 0.85 * update["best_box_iou"] <= update["box_iou"] <= update["best_box_iou"] <= 1
+    assert "--weight" not in capsys.readouterr().out
+    monkeypatch.setattr(losses, "candidate_cost", lambda *a, boxes, candidate_boxes, **k: -losses.overlap_cost(
+        boxes, candidate_boxes))
+    assert train(toy, tmp_path / "scraps", "--epochs", 2) == 0
+    assert "a longer --warm-up or a smaller --weight" in capsys.readouterr().out
+
+
 def test_segments_and_crops_are_drawn_independently(toy, tmp_path, monkeypatch):
     """NumPy takes a seed (0, 3) and a seed (0, 3, 0) for the same: no two draws may be equal but for such zeros."""
     keys, original = [], np.random.default_rng
