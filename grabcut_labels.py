@@ -285,6 +285,29 @@ def grabcut_mask(image, boxes, classes, share=True, **options):
 
 
 # ---------------------------------------------------------------- labels for a list of images
+# ==== shared block "a few ahead": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def a_few_ahead(ids, submit, ahead):
+    """Yields id and job as jobs end, whatever their order, None for a job where nothing was to be done.
+
+    submit(id) -> a Future or None. At most `ahead` are under way at a time, however long the list is.
+    """
+    todo, jobs = iter(ids), {}
+    while True:
+        for image_id in todo:
+            job = submit(image_id)
+            if job is None:
+                yield image_id, None
+                continue
+            jobs[job] = image_id
+            if len(jobs) >= ahead:
+                break
+        if not jobs:
+            return
+        for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+            yield jobs.pop(job), job
+# ==== end of shared block
+
+
 def label_paths(voc, out=None, detector=False):
     """Folders of B and M: beside SegmentationClass, or under out. Labels from detected boxes never mix with others."""
     suffix = "-detector" if detector else ""
@@ -323,32 +346,28 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     threads_before = cv2.getNumThreads()
     cv2.setNumThreads(1)  # each image on one core; OpenCV lets go of Python's lock, so threads serve as processes would
     workers = workers or os.cpu_count()
-    pool, todo, jobs = ThreadPoolExecutor(workers), iter(ids), {}
+    pool = ThreadPoolExecutor(workers)
+
+    def submit(image_id):
+        made = all((folder / f"{image_id}.png").exists() for folder in folders)
+        return None if made else pool.submit(label, image_id)
+
     try:
         with tqdm(total=len(ids), desc="B and M", unit="image", disable=None if ids else True) as bar:
-            while True:
-                for image_id in todo:  # a few jobs ahead of the workers, however long the list is
-                    if all((folder / f"{image_id}.png").exists() for folder in folders):
-                        summary["skipped"] += 1
-                        bar.update()
-                        continue
-                    jobs[pool.submit(label, image_id)] = image_id
-                    if len(jobs) >= 3 * workers:
-                        break
-                if not jobs:
-                    break
-                for job in wait(jobs, return_when=FIRST_COMPLETED).done:
-                    image_id = jobs.pop(job)
-                    bar.update()
-                    try:
-                        fallbacks = job.result()
-                    except (BadInput, cv2.error) as error:  # one bad image does not stop the others
-                        summary["failures"].append(f"{image_id}: {' '.join(str(error).split())}")
-                        tqdm.write(summary["failures"][-1], file=sys.stderr)
-                        continue
-                    summary["made"] += 1
-                    summary["boxes"] += len(fallbacks)
-                    summary["fallbacks"].update(why for why in fallbacks if why)
+            for image_id, job in a_few_ahead(ids, submit, 3 * workers):
+                bar.update()
+                if job is None:
+                    summary["skipped"] += 1
+                    continue
+                try:
+                    fallbacks = job.result()
+                except (BadInput, cv2.error) as error:  # one bad image does not stop the others
+                    summary["failures"].append(f"{image_id}: {' '.join(str(error).split())}")
+                    tqdm.write(summary["failures"][-1], file=sys.stderr)
+                    continue
+                summary["made"] += 1
+                summary["boxes"] += len(fallbacks)
+                summary["fallbacks"].update(why for why in fallbacks if why)
     finally:  # also on Ctrl-C: what is running is finished, what is waiting is dropped
         pool.shutdown(cancel_futures=True)
         cv2.setNumThreads(threads_before)

@@ -994,6 +994,29 @@ def one_core():
     threading.Thread(target=lambda: (first.join(), os._exit(1)), daemon=True).start()
 
 
+# ==== shared block "a few ahead": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def a_few_ahead(ids, submit, ahead):
+    """Yields id and job as jobs end, whatever their order, None for a job where nothing was to be done.
+
+    submit(id) -> a Future or None. At most `ahead` are under way at a time, however long the list is.
+    """
+    todo, jobs = iter(ids), {}
+    while True:
+        for image_id in todo:
+            job = submit(image_id)
+            if job is None:
+                yield image_id, None
+                continue
+            jobs[job] = image_id
+            if len(jobs) >= ahead:
+                break
+        if not jobs:
+            return
+        for job in wait(jobs, return_when=FIRST_COMPLETED).done:
+            yield jobs.pop(job), job
+# ==== end of shared block
+
+
 def make_all(folder, images, names, ids, annotation_of, method="mcg", workers=None, max_candidates=3500):
     """Candidates of images/<id>.jpg -> folder/<id>.npz, for each id; annotation_of(id): XML path, or COCO's boxes."""
     claim_folder(folder, images, names, method)
@@ -1005,38 +1028,32 @@ def make_all(folder, images, names, ids, annotation_of, method="mcg", workers=No
     threads_before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     pool = ProcessPoolExecutor(workers, context, initializer=one_core)
-    todo, jobs = iter(ids), {}
+
+    def submit(image_id):
+        target = Path(folder) / f"{image_id}.npz"
+        return None if target.exists() else pool.submit(
+            make_one, target, Path(images) / f"{image_id}.jpg", annotation_of(image_id), names, method, max_candidates)
+
     try:
         with tqdm(total=len(ids), desc=f"candidates ({method})", unit="image", disable=None if ids else True) as bar:
-            while True:
-                for image_id in todo:  # a few jobs ahead of the workers, however long the list is
-                    target = Path(folder) / f"{image_id}.npz"
-                    if target.exists():
-                        summary["skipped"] += 1
-                        bar.update()
-                        continue
-                    jobs[pool.submit(make_one, target, Path(images) / f"{image_id}.jpg", annotation_of(image_id), names,
-                                     method, max_candidates)] = image_id
-                    if len(jobs) >= 3 * workers:
-                        break
-                if not jobs:
-                    break
-                for job in wait(jobs, return_when=FIRST_COMPLETED).done:
-                    image_id = jobs.pop(job)
-                    bar.update()
-                    try:
-                        candidates, boxes = job.result()
-                    except BrokenProcessPool:
-                        raise BadInput(f"{folder}: a worker was killed, perhaps for want of memory: give fewer "
-                                       "--workers; the same command goes on from here") from None
-                    except Exception as error:  # one bad image does not stop the others, whatever is bad in it
-                        kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-                        summary["failures"].append(f"{image_id}: {kind}{' '.join(str(error).split())}")
-                        tqdm.write(summary["failures"][-1], file=sys.stderr)
-                        continue
-                    summary["made"] += 1
-                    summary["candidates"] += candidates
-                    summary["boxes"] += boxes
+            for image_id, job in a_few_ahead(ids, submit, 3 * workers):
+                bar.update()
+                if job is None:
+                    summary["skipped"] += 1
+                    continue
+                try:
+                    candidates, boxes = job.result()
+                except BrokenProcessPool:
+                    raise BadInput(f"{folder}: a worker was killed, perhaps for want of memory: give fewer "
+                                   "--workers; the same command goes on from here") from None
+                except Exception as error:  # one bad image does not stop the others, whatever is bad in it
+                    kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+                    summary["failures"].append(f"{image_id}: {kind}{' '.join(str(error).split())}")
+                    tqdm.write(summary["failures"][-1], file=sys.stderr)
+                    continue
+                summary["made"] += 1
+                summary["candidates"] += candidates
+                summary["boxes"] += boxes
     finally:  # also on Ctrl-C: what is running is finished, what is waiting is dropped
         pool.shutdown(cancel_futures=True)
         del os.environ["OMP_NUM_THREADS"]

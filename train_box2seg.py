@@ -469,7 +469,8 @@ def main(argv):
         ids = [ids[i] for i in sorted(keep)]
     say(f"{len(ids)} training images from {list_file}, {len(names) - 1} classes"
         + (" (the paper's list has 10582 images)" if list_file.name == "trainaug.txt" else ""))
-    if saved and (saved["class_names"], saved["images"], saved.get("list")) != (names, len(ids), fingerprint(ids)):
+    list_print = fingerprint(ids)
+    if saved and (saved["class_names"], saved.get("list")) != (names, list_print):
         raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
                        "classes, other ones than here; give the --data that it had")
     if len(ids) < args.batch_size:
@@ -549,7 +550,7 @@ def main(argv):
             raise BadInput(f"the weights are not finite after step {step} of stage {stage}: stopped; try a lower --lr")
         if rank == 0:
             save(out / name, {"model": network.state_dict(), "arch": network.arch, "class_names": names,
-                              "args": vars(args), "images": len(ids), "list": fingerprint(ids),
+                              "args": vars(args), "images": len(ids), "list": list_print,
                               "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                               "stage": stage, "step": step, "best": best,
                               "rng": torch.get_rng_state(),

@@ -668,7 +668,8 @@ def main(argv):
     say(f"{len(images.ids)} training images, {len(names) - 1} classes: {masked} with masks, {boxed} with boxes "
         f"({args.labels}) of {list_file}, {extra} with boxes of other sets")
     n = len(images.ids)
-    if saved and (saved["class_names"], saved["images"], saved.get("list")) != (names, n, fingerprint(images.ids)):
+    list_print = fingerprint(images.ids)
+    if saved and (saved["class_names"], saved.get("list")) != (names, list_print):
         raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
                        "classes, other ones than here; give the --data that it had")
     if n < args.batch_size:
@@ -760,7 +761,7 @@ def main(argv):
         if rank == 0:
             parts = [torch.from_numpy(choices[index]) for index in range(n - updated, n) if index in choices]
             save(out / name, {"model": network.state_dict(), "arch": network.arch, "class_names": names,
-                              "args": vars(args), "images": n, "list": fingerprint(images.ids),
+                              "args": vars(args), "images": n, "list": list_print,
                               "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                               "step": step, "best": best,
                               "choices": torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32),

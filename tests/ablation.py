@@ -52,11 +52,6 @@ def read_scores(folder):
 
 def prepare(args, out):
     """Labels and candidates that several runs would otherwise make at the same time."""
-    settings = json.dumps({"paper": args.paper, "data": args.data, "recipe": args.recipe, "split": args.split,
-                           "flags": args.rest})
-    if (out / "settings.json").exists() and (out / "settings.json").read_text() != settings:
-        sys.exit(f"{out} holds runs with other settings ({(out / 'settings.json').read_text()}): name another --out")
-    (out / "settings.json").write_text(settings)
     flags = ["--data", args.data] + (["--split", args.split] if args.split else [])
     made = [["grabcut_labels.py", *flags]] if args.paper == "box2seg" or "grabcut" in args.rows else []
     if args.paper == "boxsup":
@@ -90,6 +85,11 @@ def main():
         parser.error(f"--rows {' '.join(sorted(unknown))}: known are {' '.join(table)}")
     out = Path(args.out or f"runs/ablation-{args.paper}")
     out.mkdir(parents=True, exist_ok=True)
+    settings = json.dumps({"paper": args.paper, "data": args.data, "recipe": args.recipe, "split": args.split,
+                           "flags": args.rest})
+    if (out / "settings.json").exists() and (out / "settings.json").read_text() != settings:
+        sys.exit(f"{out} holds runs with other settings ({(out / 'settings.json').read_text()}): name another --out")
+    (out / "settings.json").write_text(settings)
     prepare(args, out)
 
     waiting = []  # (folder, command), seed by seed: a table of all rows stands early

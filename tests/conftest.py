@@ -2,4 +2,23 @@
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """A machine with one GPU as far as torch.cuda.set_device, which does not take a plain "cuda": there it raises what
+    this fixture is, if it is asked for by number."""
+    class Enough(Exception):
+        pass
+
+    def set_device(device):
+        assert device == torch.device("cuda", 0)
+        raise Enough
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    return Enough
