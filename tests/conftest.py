@@ -1,4 +1,5 @@
 """Lets the tests import the scripts of the folder above, from wherever pytest is started."""
+import signal
 import sys
 from pathlib import Path
 
@@ -6,6 +7,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# A shell's background jobs ignore Ctrl-C, and so does what they start; tests that press it need it heard.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
