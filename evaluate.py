@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from crf import PRESETS, crf_kernels, dense_crf, mean_field, unary_energy
 from losses import affinity, confusion_matrix, iou
-from model import load_network, normalize, predict
+from model import load_network, normalize, pick_device, predict
 
 # ==== shared block "VOC on disk": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -139,19 +139,6 @@ def write_label(path, labels):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # predictions
-
-def usable_device(name):
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise BadInput(f"--device {name}: no such kind of device: give cpu, cuda or cuda:1")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs: give --device cpu, "
-                       "or install a CUDA build of PyTorch")
-    return device
-
 
 def load_checkpoint(checkpoint, device):
     """A checkpoint file -> (network in eval mode, class names)."""
@@ -897,7 +884,10 @@ def main(argv):
     if args.workers < 0:
         parser.error("--workers must be 0 or more")
     try:
-        args.device = usable_device(args.device)
+        try:
+            args.device = pick_device(args.device)
+        except ValueError as error:
+            raise BadInput(error) from None
         return predict_folder(args) if args.images else evaluate(args)
     except BadInput as error:
         print(f"evaluate.py: {error}", file=sys.stderr)

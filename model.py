@@ -61,8 +61,8 @@ holes of 12 and 1024 channels, has 67.6 there, and would lift every row of BoxSu
 Every convolution has a ReLU behind it, but for fc8.
 
 Who uses them: train_box2seg.py and train_boxsup.py train them on normalize()d batches and save them; evaluate.py reads
-them back with load_network() and calls predict(). This file imports torch, torchvision and numpy, prints nothing, and
-downloads nothing unless pretrained=True asks for it.
+them back with load_network() and calls predict(). All three ask pick_device() where to run. This file imports torch,
+torchvision and numpy, prints nothing, and downloads nothing unless pretrained=True asks for it.
 
     network = Box2SegNet(num_classes=21, pretrained=True)
     logits, attention, embeddings = network.train()(normalize(images))     # images: (N, H, W, 3) uint8
@@ -478,6 +478,23 @@ def download_encoder(encoder, backbone):
         raise ValueError(f"cannot get {source.url} ({reason}); fetch it elsewhere and give the file as weights, "
                          "or start without pretrained weights") from None
     load_matching(encoder, imagenet_weights(encoder, state, backbone)[0])
+
+
+def pick_device(name):
+    """--device, that is "cpu", "cuda" (the first GPU) or "cuda:1" -> torch.device. ValueError, one line, if it is not
+    there."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: no such kind of device: give cpu, cuda or cuda:1")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)      # torch.cuda.set_device wants the number
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs: give --device "
+                             "cpu, or install a CUDA build of PyTorch")
+    return device
 
 
 NETWORKS = {"Box2SegNet": Box2SegNet, "DeepLabVGG16": DeepLabVGG16}              # by the name in arch["network"]

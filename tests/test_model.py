@@ -19,7 +19,7 @@ import torchvision
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model
 from model import (Box2SegNet, DeepLabVGG16, average_pool, format_report, load_encoder, load_matching, load_network,
-                   normalize, predict, thin_out_vgg16)
+                   normalize, pick_device, predict, thin_out_vgg16)
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +40,15 @@ def picture(height, width, seed=0):
     coarse = torch.rand(1, 3, 4, 5, generator=torch.Generator().manual_seed(seed))
     image = F.interpolate(coarse, (height, width), mode="bilinear")[0] * 255
     return image.round().byte().permute(1, 2, 0).contiguous().numpy()
+
+
+def test_devices_by_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("cuda") == torch.device("cuda", 0) and pick_device("cuda:1") == torch.device("cuda", 1)
+    for name in ("cuda:2", "meta", "tpu", "", "cuda:x"):
+        with pytest.raises(ValueError, match=f"^--device {name}: [^\n]*$"):
+            pick_device(name)
 
 
 def count(module):
