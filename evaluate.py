@@ -151,7 +151,8 @@ def load_checkpoint(checkpoint, device):
 
 def autocast(args):
     """Mixed precision where --amp asks for it; predict() takes its softmax in float32 all the same."""
-    amp = {"auto": "bf16" if args.device.type == "cuda" else "off"}.get(args.amp, args.amp)
+    native = args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    amp = ("bf16" if native else "off") if args.amp == "auto" else args.amp
     return torch.autocast(args.device.type, torch.float16 if amp == "fp16" else torch.bfloat16, enabled=amp != "off")
 
 
@@ -667,7 +668,8 @@ def evaluate(args):
             failed.append(name)
             continue
         scored = np.where(prediction == 255, 255, truth)    # 255 in one of two label folders leaves a pixel out as well
-        one = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(scored), len(names))
+        one = confusion_matrix(*(torch.from_numpy(labels).to(args.device) for labels in (prediction, scored)),
+                               len(names)).cpu()
         confusion += one
         per_image[name] = iou(one).nanmean().item()
         distance = boundary_distance(truth) if bands else None

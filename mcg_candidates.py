@@ -858,9 +858,13 @@ def claim_folder(folder, images, names, method):
     path = Path(folder) / "source.json"
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        # A source.json that names pictures which are not there came along when the folder was copied here, as are parts
+        # that several machines have made: the pictures are ours, the rest has to agree.
+        moved = path.exists() and not read_source(folder)["images"].is_dir()
+        if moved or not path.exists():
+            there = json.loads(path.read_text()) if moved else source
             temporary = f"{path}.{os.getpid()}.tmp"
-            Path(temporary).write_text(json.dumps(source, indent=1) + "\n")
+            Path(temporary).write_text(json.dumps(there | {"images": source["images"]}, indent=1) + "\n")
             os.replace(temporary, path)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be made ({error.strerror}): name another folder by --out") from None

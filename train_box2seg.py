@@ -359,7 +359,8 @@ def parse_arguments(argv):
     add("--sync-bn", action="store_true", help="batch norm over all processes")
     add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower): "
         "with them resuming is bit for bit on a GPU, too")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="data processes (default here: %(default)s)")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="data processes, for each process of torchrun "
+        "(default here: %(default)s)")
     add("--log-every", type=int, default=20, help="steps between log records (default %(default)s)")
     add("--save-every", type=int, default=500, help="steps between checkpoints within an epoch (default %(default)s)")
     add("--val-every", type=int, default=1, help="epochs between validations (default %(default)s)")
@@ -571,10 +572,12 @@ def main(argv):
             torch.set_rng_state(saved["rng"])  # nothing here draws from it any more; a dropout that you add would
             if saved["cuda_rng"] is not None and device.type == "cuda":
                 torch.cuda.set_rng_state(saved["cuda_rng"], device)
+        for branch in (network.segmentation, network.attention):  # stage 1 leaves these decoders alone, and compiled
+            if branch is not None:                                # code and DDP have to be told
+                branch.requires_grad_(stage == 2)
         model = torch.compile(network) if args.compile else network
-        if world > 1:  # stage 1 leaves the y and alpha decoders alone
-            model = torch.nn.parallel.DistributedDataParallel(
-                model, [device] if device.type == "cuda" else None, find_unused_parameters=stage == 1)
+        if world > 1:
+            model = torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
         model.train()  # validation puts it back so
         torch.backends.cudnn.benchmark = not args.deterministic  # all crops are of one size
         generator = torch.Generator(device)

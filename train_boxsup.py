@@ -520,7 +520,8 @@ def parse_arguments(argv):
     add("--sync-bn", action="store_true", help="batch norm over all processes (ResNets)")
     add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower): "
         "with them resuming is bit for bit on a GPU, too")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="data processes (default here: %(default)s)")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="data processes, for each process of torchrun "
+        "(default here: %(default)s)")
     add("--log-every", type=int, default=20, help="steps between log records (default %(default)s)")
     add("--save-every", type=int, default=500, help="steps between checkpoints within an epoch (default %(default)s)")
     add("--val-every", type=int, default=1, help="epochs between validations (default %(default)s)")

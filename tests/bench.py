@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent
@@ -53,9 +54,9 @@ from crf import dense_crf
 from model import Box2SegNet, DeepLabVGG16, normalize
 
 SIZES = {  # calls: of each side in a turn; pictures are of VOC's size, 375x500
-    "small": dict(backbone="resnet18", boxsup="resnet18", crop=128, batch=8, pictures=12, calls=2,
+    "small": dict(backbone="resnet18", boxsup="resnet18", crop=128, batch=8, boxsup_batch=8, pictures=12, calls=2,
                   affinity_sides=(16, 32, 64), reference_batch=2, ids=1_000_000),
-    "paper": dict(backbone="resnet101", boxsup="vgg16", crop=321, batch=16, pictures=64, calls=10,
+    "paper": dict(backbone="resnet101", boxsup="vgg16", crop=321, batch=16, boxsup_batch=20, pictures=64, calls=10,
                   affinity_sides=(41, 81, 121), reference_batch=16, ids=1_000_000)}
 CLASSES = 21                                            # VOC's; drawn data names 5 of them, the others never occur
 
@@ -107,6 +108,7 @@ def peak_tensors(c, work):
     """Most bytes of tensors alive at a time in work(): CUDA's allocator, or on the CPU torch.profiler's profile_memory
     (tracemalloc does not see what torch allocates)."""
     if c.device == "cuda":
+        work()                                          # what cuBLAS and cuDNN take once and keep is nobody's
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -453,6 +455,44 @@ def affinity(c):
                        f"batch of 2, d = 64, embeddings and gradient apart; {how}")]
 
 
+def full(c):
+    """A step of each training (Box2Seg with all losses; BoxSup's network, cross-entropy) in floating point operations a
+    second, against one large product of matrices of the same precision: the share of what the machine can do at best.
+    From its images/s the hours of the papers' schedules: 10,582 pictures, 45 epochs of Box2Seg (5 of them stage 1, here
+    as if they cost as much) and 45 of BoxSup, without validation, BoxSup's label updates (row update) and waiting."""
+    side = 8192 if c.device == "cuda" else 2048
+    a = torch.randn(side, side, device=c.device)
+
+    def product():
+        with autocast(c):
+            a @ a
+
+    def plain(logits):
+        m = F.interpolate(labels[:, None], logits.shape[2:], mode="nearest-exact")[:, 0]
+        return losses.cross_entropy_loss(logits, m)
+
+    images, B, M = random_batch(c, c.batch, c.crop)
+    pictures, _, labels = random_batch(c, c.boxsup_batch, c.crop)
+    steps = {"Box2Seg": (c.backbone, c.batch, box2seg_step(c, images, B, M)),
+             "BoxSup": (c.boxsup, c.boxsup_batch, training_step(
+                 c, boxsup_network(c), pictures, lambda out: plain(out[0] if isinstance(out, tuple) else out)))}
+    rows = []
+    for name, (backbone, batch, one) in steps.items():
+        one()                                           # cuDNN has made its choices, SGD its momentum
+        with FlopCounterMode(display=False) as counter:
+            one()
+        if c.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds, base = by_turns(c, one, product, calls=c.calls)
+        rate = batch / median(seconds)
+        memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if c.device == "cuda" else ""
+        rows.append(row(f"full {name}", "a matrix product", "TFLOP/s",
+                        [counter.get_total_flops() / s / 1e12 for s in seconds],
+                        [2 * side ** 3 / s / 1e12 for s in base], "-", f"{backbone}, {batch} crops of {c.crop}"
+                        f"{memory}: {rate:.1f} images/s, {10582 * 45 / rate / 3600:.1f} hours for 45 epochs of 10,582 pictures"))
+    return rows
+
+
 def amp(c):
     """Box2Seg's step in other precisions and layouts, and compiled, against float32, contiguous, eager (TF32 as PyTorch
     sets it: in convolutions only). On a CPU bf16 only. Aim: shown on a GPU; 2 times or more."""
@@ -682,7 +722,8 @@ def stream(c):
 
 
 ROWS = {function.__name__.rstrip("_"): function for function in (
-    grabcut, candidates, costs, update, step, reference, affinity, amp, input_, evaluation, crf, torchrun, stream)}
+    grabcut, candidates, costs, update, step, reference, full, affinity, amp, input_, evaluation, crf, torchrun,
+    stream)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -731,16 +772,24 @@ def main(argv):
                                device="cuda" if torch.cuda.is_available() else "cpu")
         for name in args.rows or ROWS:
             start = time.time()
+            if c.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             try:
                 result = ROWS[name](c)
             except Exception as error:                  # one row that fails does not take the others with it
                 failed.append(f"{name}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
                 print(failed[-1], file=sys.stderr)
                 continue
-            rows += result if isinstance(result, list) else [result]
-            print(f"{name}: measured in {time.time() - start:.0f} s", file=sys.stderr)
-            if c.device == "cuda":
+            result = result if isinstance(result, list) else [result]
+            memory = ""
+            if c.device == "cuda":                      # both sides together, and since the last reset
+                for record in result:
+                    record["gpu_peak_mib"] = torch.cuda.max_memory_allocated() / 2 ** 20
+                memory = f", at most {torch.cuda.max_memory_allocated() / 2 ** 20:.0f} MiB of the GPU"
                 torch.cuda.empty_cache()
+            rows += result
+            print(f"{name}: measured in {time.time() - start:.0f} s{memory}", table(result), sep="\n", end="\n\n",
+                  file=sys.stderr, flush=True)
 
     hardware = machine()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__,

@@ -400,6 +400,24 @@ def test_source_says_where_the_pictures_are(drawn, tmp_path):
             read_source(tmp_path)
 
 
+def test_parts_made_elsewhere_are_merged_by_copying(drawn, devkit):
+    """Two machines, a shard each under a folder of its own; the second copied over the first, source.json too."""
+    voc = find_voc(devkit)
+    one, two = devkit / "one", devkit.parent / "deep" / "two" / "folders" / "down"
+    for part, out in ((1, one), (2, two)):
+        status, _, error = command_line("--data", devkit, "--split", "trainval", "--method", "gop", "--shard",
+                                        f"{part}/2", "--out", out, "--workers", 1)
+        assert status == 0, error
+    shutil.copytree(two, one, dirs_exist_ok=True)
+    assert not read_source(one)["images"].is_dir()
+    summary = make_candidates(voc, all_ids(voc), one, "gop")
+    assert summary["made"] == 0 and summary["skipped"] == len(all_ids(voc))
+    assert read_source(one)["images"].samefile(voc / "JPEGImages")
+    shutil.copy(two / "source.json", one)
+    with pytest.raises(BadInput, match="made with other method"):            # but of the same kind they must be
+        claim_folder(one, voc / "JPEGImages", CLASS_NAMES, "ss")
+
+
 def test_a_folder_of_another_kind_is_refused(drawn, tmp_path):
     devkit, folder = drawn
     images = devkit / "VOC2012" / "JPEGImages"
