@@ -486,10 +486,11 @@ def full(c):
         seconds, base = by_turns(c, one, product, calls=c.calls)
         rate = batch / median(seconds)
         memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if c.device == "cuda" else ""
+        note = (f"{backbone}, {batch} crops of {c.crop}{memory}: {rate:.1f} images/s, {10582 * 45 / rate / 3600:.1f} "
+                "hours for 45 epochs of 10,582 pictures")
         rows.append(row(f"full {name}", "a matrix product", "TFLOP/s",
                         [counter.get_total_flops() / s / 1e12 for s in seconds],
-                        [2 * side ** 3 / s / 1e12 for s in base], "-", f"{backbone}, {batch} crops of {c.crop}"
-                        f"{memory}: {rate:.1f} images/s, {10582 * 45 / rate / 3600:.1f} hours for 45 epochs of 10,582 pictures"))
+                        [2 * side ** 3 / s / 1e12 for s in base], "-", note))
     return rows
 
 
