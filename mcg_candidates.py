@@ -946,6 +946,7 @@ def coco_boxes(boxes, size, where):
     corners = []
     for x, y, width, height in boxes:
         x0, y0, x1, y1 = (int(np.floor(edge + 0.5)) for edge in (x, y, x + width, y + height))
+        x0, y0 = x0 - (x < size[1] == x0), y0 - (y < size[0] == y0)  # a sliver in the last column or row
         corners.append(clip_box((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)), size, where))
     return np.array(corners, np.int32).reshape(-1, 4)
 

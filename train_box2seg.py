@@ -214,9 +214,11 @@ def load(path):
     return state
 
 
-def initialize(network, path):
-    """--init: take over every tensor whose shape fits -> which start fresh, as a head of another class count does."""
-    report = load_matching(network, load(path)["model"])
+def initialize(network, path, names):
+    """--init: take over every tensor whose shape fits -> which start fresh. Of other classes the last layers do."""
+    saved = load(path)
+    last = () if saved["class_names"] == names else ("segmentation.3.", "attention.3.", "fc8.")
+    report = load_matching(network, {key: value for key, value in saved["model"].items() if not key.startswith(last)})
     if not any(name.startswith(("encoder.", "features.")) for name in report["loaded"]):
         raise BadInput(f"{path}: nothing in it fits this network: give the --backbone that it has")
     fresh = report["missing"] + report["reshaped"]
@@ -502,7 +504,7 @@ def main(argv):
     if network.weights_report:
         say(format_report(network.weights_report))
     if args.init and not saved:
-        say(initialize(network, args.init))
+        say(initialize(network, args.init, names))
     if saved:
         network.load_state_dict(saved["model"])
     network.to(device, memory_format=torch.channels_last)

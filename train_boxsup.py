@@ -258,8 +258,8 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
     previous: {index: (K,) choice of the update before}.
     stop: a list that an interrupt fills.
     -> {index: (K,) int32 choices}, sums for the report (boxes with a segment, boxes without, cost, box IoU, boxes whose
-    choice changed, best box IoU of any candidate), confusion matrix (C, C) of the estimated masks against the truth,
-    where there is any.
+    choice changed, box IoU of what E_o alone would draw), confusion matrix (C, C) of the estimated masks against the
+    truth, where there is any.
     """
     # PAPER SILENT: at which size the network sees an image here; its own, as at test (--val-scale).
     device = next(network.parameters()).device if network is not None else torch.device("cpu")
@@ -277,6 +277,8 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
                     logits = full_size_logits(network, image, args.val_scale)                     # (C, H, W)
                 there = {key: value.to(device) for key, value in c.items()}
                 cost = losses.candidate_cost(logits, weight=args.weight, **there).cpu()           # (K, N), Eq. 4
+            if not cost.isfinite().all():
+                raise BadInput(f"Eq. 4 is not finite for {images.ids[index]}: stopped; if --amp is fp16, give another")
         cost, overlap, c = cost.numpy(), overlap.numpy(), {key: value.numpy() for key, value in c.items()}
         rng = np.random.default_rng((args.seed, epoch, index, 1))  # 1: not the stream that draws the image's crop
         choice = choose(cost, overlap < 1, args.top_k, rng)
@@ -286,10 +288,11 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
 
         choices[index] = choice
         held = np.flatnonzero(choice >= 0)
+        alone = 1 - np.sort(overlap[held], 1)[:, :args.top_k]
         sums += (len(held), len(choice) - len(held), cost[held, choice[held]].sum(),
                  (1 - overlap[held, choice[held]]).sum(),
                  (choice != previous[index]).sum() if index in previous else len(choice),
-                 (1 - overlap[held].min(1, initial=1)).sum())
+                 alone.sum() / max(alone.shape[1], 1))
         truth = truth_file(images.voc, images.ids[index])
         if picture.parent == images.voc / "JPEGImages" and truth.exists():  # reported, never trained on
             truth = torch.from_numpy(read_label(truth, labels.shape, num_classes))
@@ -364,9 +367,11 @@ def load(path):
     return state
 
 
-def initialize(network, path):
-    """--init: take over every tensor whose shape fits -> which start fresh, as a head of another class count does."""
-    report = load_matching(network, load(path)["model"])
+def initialize(network, path, names):
+    """--init: take over every tensor whose shape fits -> which start fresh. Of other classes the last layers do."""
+    saved = load(path)
+    last = () if saved["class_names"] == names else ("segmentation.3.", "attention.3.", "fc8.")
+    report = load_matching(network, {key: value for key, value in saved["model"].items() if not key.startswith(last)})
     if not any(name.startswith(("encoder.", "features.")) for name in report["loaded"]):
         raise BadInput(f"{path}: nothing in it fits this network: give the --backbone that it has")
     fresh = report["missing"] + report["reshaped"]
@@ -588,6 +593,9 @@ def training_images(voc, names, args, out):
         if source["class_names"] != names:
             raise BadInput(f"--extra {folder}: made for other classes ({' '.join(source['class_names'][1:])}): make it "
                            "anew with this data's")
+        if not extra or source["images"].resolve() == pictures.resolve():
+            raise BadInput(f"--extra {folder}: " + ("made of the pictures of --data, which train anyway: leave it out"
+                           if extra else "holds no candidates: make them by mcg_candidates.py"))
         images.add(extra, source["images"], folder, out / f"masks-{number}")
         updated += len(extra)
     return images, updated, list_file, (len(masked), len(boxed), len(images.ids) - len(masked) - len(boxed))
@@ -707,7 +715,7 @@ def main(argv):
     if network.weights_report:
         say(format_report(network.weights_report))
     if args.init and not saved:
-        say(initialize(network, args.init))
+        say(initialize(network, args.init, names))
     if saved:
         network.load_state_dict(saved["model"])
     network.to(device, memory_format=torch.channels_last)
@@ -807,9 +815,9 @@ def main(argv):
                 new = {index: choice for share in shares for index, choice in share[0].items()}
                 sums, confusion = sum(share[1] for share in shares), sum(share[2] for share in shares)
             choices = new
-            held, free, cost, overlap, changed, best_overlap = sums.tolist()
+            held, free, cost, overlap, changed, alone = sums.tolist()
             report = {"boxes": int(held + free), "rectangles": int(free), "cost": cost / max(held, 1),
-                      "box_iou": overlap / max(held, 1), "best_box_iou": best_overlap / max(held, 1),
+                      "box_iou": overlap / max(held, 1), "box_iou_alone": alone / max(held, 1),
                       "changed": changed / max(held + free, 1)}
             if confusion.sum():
                 report["mask_miou"] = losses.iou(confusion).nanmean().item()
@@ -821,7 +829,7 @@ def main(argv):
                 f"{report['box_iou']:.4f}  changed {report['changed']:4.0%}" + (
                 f"  mIoU of masks {100 * report['mask_miou']:5.2f}" if "mask_miou" in report else "") +
                 f"  {updated / (time.time() - started):5.1f} img/s", flush=True)
-            if overlap < 0.85 * best_overlap:  # one of five by E_o alone has 0.93 of the best, scraps 0.8 and less
+            if teacher is not None and overlap < 0.95 * alone:  # E_o alone has 1, scraps 0.85 and less
                 say("the chosen segments no longer fit their boxes: the network is not sure enough of its objects to "
                     "have such a say; start again with a longer --warm-up or a smaller --weight", flush=True)
 

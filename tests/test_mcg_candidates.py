@@ -594,6 +594,8 @@ def test_cocos_boxes_by_hand(tmp_path):
     # 0.4 -> 0, 1.6 -> 2, 10.6 -> 11, 6.6 -> 7; -3 and 74 are clipped; 3 .. 3.2 stays one pixel high
     boxes = coco_boxes([*found["b"][0], *found["a"][0]], (40, 60), "here")
     assert boxes.tolist() == [[0, 2, 11, 7], [0, 4, 17, 40], [21, 3, 60, 4]] and boxes.dtype == np.int32
+    slivers = coco_boxes([[59.6, 3, 0.3, 2], [10, 39.7, 5, 0.2]], (40, 60), "here")
+    assert slivers.tolist() == [[59, 3, 60, 5], [10, 39, 15, 40]]
     with pytest.raises(BadInput, match="here: box"):
         coco_boxes([[60, 3, 2, 2]], (40, 60), "here")
 

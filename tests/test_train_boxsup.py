@@ -274,7 +274,10 @@ def test_scraps_are_reported(toy, tmp_path, monkeypatch, capsys):
     """A network whose say makes segments that do not fit their boxes: the run says what to do."""
     assert train(toy, tmp_path / "fine", "--epochs", 1) == 0
     (update,) = [r for r in log_of(tmp_path / "fine") if "labels_of_epoch" in r]
-    assert 0.85 * update["best_box_iou"] <= update["box_iou"] <= update["best_box_iou"] <= 1
+    assert 0.9 * update["box_iou_alone"] <= update["box_iou"] <= 1.1 * update["box_iou_alone"] < 1.1
+    assert train(toy, tmp_path / "loose", "--epochs", 1, "--top-k", 50) == 0             # poor, but not its doing
+    (loose,) = [r for r in log_of(tmp_path / "loose") if "labels_of_epoch" in r]
+    assert loose["box_iou_alone"] < 0.9 * update["box_iou_alone"]
     assert "--weight" not in capsys.readouterr().out
     monkeypatch.setattr(losses, "candidate_cost", lambda *a, boxes, candidate_boxes, **k: -losses.overlap_cost(
         boxes, candidate_boxes))
@@ -312,6 +315,13 @@ def test_extra_boxes_join_in(toy, tmp_path, capsys):
     (other / "source.json").write_text(json.dumps(source | {"class_names": ["background", "cat"]}))
     with pytest.raises(train_boxsup.BadInput, match="made for other classes"):
         train(toy, tmp_path / "again", "--extra", other)
+    shutil.copytree(toy / "VOC2012" / "Candidates-mcg", own := tmp_path / "own")
+    with pytest.raises(train_boxsup.BadInput, match="pictures of --data"):
+        train(toy, tmp_path / "again", "--labels", "masks", "--extra", toy / "VOC2012" / "Candidates-mcg")
+    for file in own.glob("*.npz"):
+        file.unlink()
+    with pytest.raises(train_boxsup.BadInput, match="own: holds no candidates"):
+        train(toy, tmp_path / "again", "--labels", "masks", "--extra", own)
     with pytest.raises(train_boxsup.BadInput, match="nowhere"):
         train(toy, tmp_path / "again", "--extra", tmp_path / "nowhere")
 
@@ -438,6 +448,14 @@ def test_init_from_another_class_count_starts_the_last_layer_fresh(toy, tmp_path
     assert train(other, tmp_path / "out", "--init", whole_run / "best.pt", "--labels", "masks", "--epochs", 1) == 0
     said = capsys.readouterr().out
     assert "fresh: segmentation.3.weight, segmentation.3.bias\n" in said and "7 classes" in said
+
+
+def test_init_from_other_classes_of_the_same_number_starts_the_last_layer_fresh(toy, tmp_path, whole_run, capsys):
+    other = draw(tmp_path, 12, 1)
+    names = (other / "VOC2012" / "class_names.txt").read_text().split()
+    (other / "VOC2012" / "class_names.txt").write_text("\n".join([*names[:1], *names[:0:-1]]) + "\n")
+    assert train(other, tmp_path / "out", "--init", whole_run / "best.pt", "--labels", "masks", "--epochs", 1) == 0
+    assert "fresh: segmentation.3.weight, segmentation.3.bias\n" in capsys.readouterr().out
 
 
 def test_after_init_the_network_has_a_say_at_once(toy, tmp_path, whole_run):
