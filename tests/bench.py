@@ -54,7 +54,7 @@ from crf import dense_crf
 from model import Box2SegNet, DeepLabVGG16, normalize
 
 SIZES = {  # calls: of each side in a turn; pictures are of VOC's size, 375x500
-    "small": dict(backbone="resnet18", boxsup="resnet18", crop=128, batch=8, boxsup_batch=8, pictures=12, calls=2,
+    "small": dict(backbone="resnet18", boxsup="vgg16", crop=128, batch=8, boxsup_batch=8, pictures=12, calls=2,
                   affinity_sides=(16, 32, 64), reference_batch=2, ids=1_000_000),
     "paper": dict(backbone="resnet101", boxsup="vgg16", crop=321, batch=16, boxsup_batch=20, pictures=64, calls=10,
                   affinity_sides=(41, 81, 121), reference_batch=16, ids=1_000_000)}
