@@ -593,9 +593,10 @@ def training_images(voc, names, args, out):
         if source["class_names"] != names:
             raise BadInput(f"--extra {folder}: made for other classes ({' '.join(source['class_names'][1:])}): make it "
                            "anew with this data's")
-        if not extra or source["images"].resolve() == pictures.resolve():
-            raise BadInput(f"--extra {folder}: " + ("made of the pictures of --data, which train anyway: leave it out"
-                           if extra else "holds no candidates: make them by mcg_candidates.py"))
+        if not extra:
+            raise BadInput(f"--extra {folder}: holds no candidates: make them by mcg_candidates.py")
+        if source["images"].resolve() == pictures.resolve() and (twice := set(extra) & set(ids)):
+            raise BadInput(f"--extra {folder}: has {min(twice)}, which {list_file} names too: it would train twice")
         images.add(extra, source["images"], folder, out / f"masks-{number}")
         updated += len(extra)
     return images, updated, list_file, (len(masked), len(boxed), len(images.ids) - len(masked) - len(boxed))

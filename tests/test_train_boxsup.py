@@ -316,7 +316,7 @@ def test_extra_boxes_join_in(toy, tmp_path, capsys):
     with pytest.raises(train_boxsup.BadInput, match="made for other classes"):
         train(toy, tmp_path / "again", "--extra", other)
     shutil.copytree(toy / "VOC2012" / "Candidates-mcg", own := tmp_path / "own")
-    with pytest.raises(train_boxsup.BadInput, match="pictures of --data"):
+    with pytest.raises(train_boxsup.BadInput, match="would train twice"):
         train(toy, tmp_path / "again", "--labels", "masks", "--extra", toy / "VOC2012" / "Candidates-mcg")
     for file in own.glob("*.npz"):
         file.unlink()
