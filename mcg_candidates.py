@@ -856,24 +856,26 @@ def claim_folder(folder, images, names, method):
     source = {"images": os.path.relpath(Path(images).resolve(), Path(folder).resolve()), "class_names": list(names),
               "method": method}
     path = Path(folder) / "source.json"
+    there = read_source(folder) if path.exists() else None
+    # A source.json that names pictures which are not there came along when the folder was copied here, as are parts
+    # that several machines have made: the pictures are ours, the rest has to agree.
+    moved = there and not there["images"].is_dir()
+    if there:
+        there["images"] = source["images"] if moved else os.path.relpath(there["images"].resolve(),
+                                                                         Path(folder).resolve())
+        for key in source:
+            if there[key] != source[key]:
+                raise BadInput(f"{path}: made with other {key} ({there[key]}): name another folder (--out; "
+                               "--candidates when training), or delete this one")
+    if there and not moved:
+        return
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        # A source.json that names pictures which are not there came along when the folder was copied here, as are parts
-        # that several machines have made: the pictures are ours, the rest has to agree.
-        moved = path.exists() and not read_source(folder)["images"].is_dir()
-        if moved or not path.exists():
-            there = json.loads(path.read_text()) if moved else source
-            temporary = f"{path}.{os.getpid()}.tmp"
-            Path(temporary).write_text(json.dumps(there | {"images": source["images"]}, indent=1) + "\n")
-            os.replace(temporary, path)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        Path(temporary).write_text(json.dumps(source, indent=1) + "\n")
+        os.replace(temporary, path)
     except OSError as error:
         raise BadInput(f"{folder}: cannot be made ({error.strerror}): name another folder by --out") from None
-    for key, there in read_source(folder).items():
-        if key == "images":
-            there = os.path.relpath(there.resolve(), Path(folder).resolve())
-        if there != source[key]:
-            raise BadInput(f"{path}: made with other {key} ({there}): name another folder (--out; --candidates "
-                           "when training), or delete this one")
 
 
 # ---------------------------------------------------------------- boxes from COCO (Tables 1, 4, 5)

@@ -543,12 +543,8 @@ def parse_arguments(argv):
     return arguments, {name: value for name, value in vars(everything).items() if value is not unset}
 
 
-def check(args):
+def check(args, device):
     """What can be seen to be wrong before any work is done."""
-    try:
-        device = pick_device(args.device)
-    except ValueError as error:
-        raise BadInput(error) from None
     for ok, message in [
         (args.crop >= 32, f"--crop {args.crop}: wanted 32 or more"),
         (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: wanted 0 < MIN <= MAX"),
@@ -635,13 +631,13 @@ def main(argv):
                 raise BadInput(f"--{name.replace('_', '-')} {value}: the run in {out} has {saved['args'][name]}; "
                                "leave it out to resume, or start another --out")
         args = argparse.Namespace(**(saved["args"] | {name: value for name, value in given.items() if name in free}))
-    check(args)
+    device = pick_device(args.device)
+    check(args, device)
     if (out / "last.pt").exists() and not (args.resume or args.overwrite):
         raise BadInput(f"{out} has a last.pt: --resume goes on from it, --overwrite starts anew, --out names another")
 
     # ---- processes and devices: the same script alone or under torchrun
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = pick_device(args.device)
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if device.index >= torch.cuda.device_count():
