@@ -335,7 +335,7 @@ def complaint(*flags):
 
 
 def test_no_data_names_three_ways_on(tmp_path):
-    said = complaint("--data", tmp_path / "nowhere")
+    said = complaint("--data", tmp_path / "nowhere", "--out", tmp_path / "out")
     assert "nowhere" in said and "--download" in said and "toy_voc.py" in said and "own" in said
 
 
