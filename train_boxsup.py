@@ -34,6 +34,7 @@ import subprocess
 import sys
 import time
 import zlib
+from array import array
 from pathlib import Path
 
 import cv2
@@ -251,13 +252,28 @@ def segments_of(choice, candidates):
     return [candidates["members"][n][candidates["superpixels"]] if n >= 0 else None for n in choice]
 
 
+class Choices:
+    """The candidate that each box took, for the images of a range: choices[index] -> (K,) int32. Appended in the range's
+    order and held in two flat arrays, since a million small ones would take 230 bytes an image."""
+    def __init__(self, indices, boxes_of=(), flat=()):
+        self.indices, self.flat = indices, array("i", flat)
+        self.ends = array("q", [0, *np.cumsum(boxes_of, dtype=np.int64)])
+
+    def append(self, choice):
+        self.flat.extend(choice)
+        self.ends.append(len(self.flat))
+
+    def __getitem__(self, index):
+        k = self.indices.index(index)
+        return np.array(self.flat[self.ends[k]:self.ends[k + 1]], np.int32)
+
+
 def update_labels(network, images, indices, previous, epoch, args, autocast, num_classes, bar, stop):
     """Sect. 4.3, first step: with the network fixed, give each box its segment, and write the masks that result.
 
-    network: in eval mode, or None where E_o alone decides; indices: this process's share of the images with boxes;
-    previous: {index: (K,) choice of the update before}.
-    stop: a list that an interrupt fills.
-    -> {index: (K,) int32 choices}, sums for the report (boxes with a segment, boxes without, cost, box IoU, boxes whose
+    network: in eval mode, or None where E_o alone decides; indices: range, this process's share of the images with
+    boxes; previous: the Choices of the update before, or None; stop: a list that an interrupt fills.
+    -> Choices, sums for the report (boxes with a segment, boxes without, cost, box IoU, boxes whose
     choice changed, box IoU of what E_o alone would draw), confusion matrix (C, C) of the estimated masks against the
     truth, where there is any.
     """
@@ -266,7 +282,7 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
     loader = torch.utils.data.DataLoader(Proposals(images, num_classes), batch_size=None, sampler=indices,
                                          num_workers=args.workers, worker_init_fn=quiet_worker,
                                          generator=torch.Generator())
-    choices, sums, confusion = {}, np.zeros(6), torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    choices, sums, confusion = Choices(indices), np.zeros(6), torch.zeros(num_classes, num_classes, dtype=torch.int64)
     for index, image, c in loader:                                               # tensors, c: see read_candidates
         if stop:
             break
@@ -286,12 +302,12 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
         picture, label_file, _ = images.files(index)
         write_label(label_file, labels)
 
-        choices[index] = choice
+        choices.append(choice)
         held = np.flatnonzero(choice >= 0)
         alone = 1 - np.sort(overlap[held], 1)[:, :args.top_k]
         sums += (len(held), len(choice) - len(held), cost[held, choice[held]].sum(),
                  (1 - overlap[held, choice[held]]).sum(),
-                 (choice != previous[index]).sum() if index in previous else len(choice),
+                 (choice != previous[index]).sum() if previous else len(choice),
                  alone.sum() / max(alone.shape[1], 1))
         truth = truth_file(images.voc, images.ids[index])
         if picture.parent == images.voc / "JPEGImages" and truth.exists():  # reported, never trained on
@@ -734,13 +750,12 @@ def main(argv):
         model = torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
 
     # ---- where we are
-    per_epoch, step, best, choices = n // args.batch_size, 0, 0.0, {}
+    per_epoch, step, best, choices = n // args.batch_size, 0, 0.0, None
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         step, best = saved["step"], saved["best"]
-        parts = saved["choices"].split(saved["boxes_of"].tolist())
-        choices = {index: part.numpy() for index, part in zip(range(n - updated, n), parts)}
+        choices = Choices(range(n - updated, n), saved["boxes_of"].numpy(), saved["choices"].tolist())
     total = args.epochs * per_epoch
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -759,13 +774,13 @@ def main(argv):
         if not all(p.isfinite().all() for p in network.parameters()):  # a finite loss can have a gradient that is not
             raise BadInput(f"the weights are not finite after step {step}: stopped; try a lower --lr")
         if rank == 0:
-            parts = [torch.from_numpy(choices[index]) for index in range(n - updated, n) if index in choices]
+            flat, ends = (choices.flat, choices.ends) if choices else ([], [0])
             save(out / name, {"model": network.state_dict(), "arch": network.arch, "class_names": names,
                               "args": vars(args), "images": n, "list": list_print,
                               "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                               "step": step, "best": best,
-                              "choices": torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32),
-                              "boxes_of": torch.tensor([len(part) for part in parts], dtype=torch.int64)})
+                              "choices": torch.tensor(flat, dtype=torch.int32),
+                              "boxes_of": torch.tensor(ends, dtype=torch.int64).diff()})
 
     # A first Ctrl-C (or a polite kill) lets the step finish, saves and leaves; a second one leaves at once. Several
     # processes would not stop at the same step, so there the last regular checkpoint is what remains.
@@ -796,7 +811,7 @@ def main(argv):
                     dist.broadcast(buffer, 0)
             network.eval()
             torch.backends.cudnn.benchmark = False  # pictures have many sizes
-            mine = list(range(n - updated, n))[rank::world]
+            mine = range(n - updated, n)[rank::world]
             with tqdm(total=len(mine), disable=None if rank == 0 else True, leave=False, unit="image",
                       desc="labels") as bar:
                 teacher = network if epoch >= args.warm_up else None
@@ -809,7 +824,9 @@ def main(argv):
             if world > 1:
                 shares = [None] * world
                 dist.all_gather_object(shares, (new, sums, confusion))
-                new = {index: choice for share in shares for index, choice in share[0].items()}
+                new = Choices(range(n - updated, n))
+                for index in new.indices:               # rank's share of the range is [rank::world]
+                    new.append(shares[(index - new.indices.start) % world][0][index])
                 sums, confusion = sum(share[1] for share in shares), sum(share[2] for share in shares)
             choices = new
             held, free, cost, overlap, changed, alone = sums.tolist()

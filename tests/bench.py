@@ -371,7 +371,7 @@ def update(c):
                               top_k=5, seed=0)
 
     def whole():
-        train_boxsup.update_labels(network, images, indices, {}, 1, args, autocast(c), CLASSES, tqdm(disable=True), [])
+        train_boxsup.update_labels(network, images, indices, None, 1, args, autocast(c), CLASSES, tqdm(disable=True), [])
 
     @torch.inference_mode()
     def forward():
@@ -699,7 +699,10 @@ def bookkeeping(kind, count):
             for _ in train_boxsup.batches(count, 20, 0, 0, count // 20, 0, 1):
                 pass
         if kind == "choices":                           # what update_labels() returns, three boxes an image
-            return {index: np.zeros(3, np.int32) for index in range(count)}
+            choices = train_boxsup.Choices(range(count))
+            for _ in choices.indices:
+                choices.append(np.zeros(3, np.int32))
+            return choices
         if kind == "make_candidates":
             NoWork.result, mcg_candidates.ProcessPoolExecutor = (1, 1), NoWork
             mcg_candidates.make_candidates(folder, ids)

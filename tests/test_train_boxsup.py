@@ -160,7 +160,7 @@ def update(toy, out, network, **options):
     images, updated, _, _ = train_boxsup.training_images(voc, names, args, out)
     (out / "masks").mkdir(parents=True, exist_ok=True)
     choices, sums, confusion = train_boxsup.update_labels(
-        network, images, range(updated), {}, 0, args, torch.autocast("cpu", enabled=False), len(names),
+        network, images, range(updated), None, 0, args, torch.autocast("cpu", enabled=False), len(names),
         train_boxsup.tqdm(disable=True), [])
     return choices, sums, losses.iou(confusion).nanmean().item(), images
 
@@ -168,8 +168,8 @@ def update(toy, out, network, **options):
 def test_before_the_first_epoch_the_tight_box_decides(toy, tmp_path):
     choices, sums, _, images = update(toy, tmp_path, None, top_k=1)
     boxes = 0
-    for index, choice in choices.items():
-        c = mcg_candidates.read_candidates(images.files(index)[2])
+    for index in choices.indices:
+        choice, c = choices[index], mcg_candidates.read_candidates(images.files(index)[2])
         for k, n in enumerate(choice):
             ious = mcg_candidates.box_iou(c["boxes"][k], c["candidate_boxes"])
             assert ious[n] == ious.max()
