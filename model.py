@@ -546,18 +546,20 @@ def predict(model, image, scales=(1.0,), flip=False):
     training = [m for m in model.modules() if m.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():                 # not inference_mode, so that the caller may use what comes back in place
             x = normalize(image[None].to(next(model.parameters()).device))       # (1, 3, H, W)
             H, W = x.shape[2:]
-            total = 0
+            total = None                      # every new map of this size costs a CPU as much as its upsampling
             for s in scales:
                 size = max(1, round(s * H)), max(1, round(s * W))
                 view = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True) if s != 1 else x
                 for mirrored in (False, True)[:1 + flip]:
                     logits = model(view.flip(3)).flip(3) if mirrored else model(view)        # (1, C, h, w)
-                    logits = F.interpolate(logits.float(), (H, W), mode="bilinear", align_corners=False)
-                    total = total + logits.softmax(dim=1)                        # (1, C, H, W)
+                    logits = logits.float().contiguous()                         # out of channels_last: softmax is
+                    logits = F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)   # faster on planes
+                    p = logits.softmax(dim=1)                                    # (1, C, H, W)
+                    total = p if total is None else total.add_(p)
     finally:
         for m in training:                    # not model.train(): parts may be frozen in eval mode
             m.training = True
-    return total[0] / views                   # outside inference_mode, so that the caller may use it in place
+    return total[0].div_(views)

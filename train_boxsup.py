@@ -446,7 +446,7 @@ def validate(network, voc, ids, num_classes, scale, autocast, rank, world):
         image = read_image(voc / "JPEGImages" / f"{image_id}.jpg")
         truth = torch.from_numpy(read_label(truth_file(voc, image_id), image.shape[:2], num_classes)).to(device)
         with autocast:
-            prediction = predict(network, image, scales=(scale,)).argmax(0)
+            prediction = predict(network, image, scales=(scale,)).max(0).indices
         confusion += losses.confusion_matrix(prediction, truth, num_classes)
     if world > 1:
         dist.all_reduce(confusion)
