@@ -169,8 +169,9 @@ def box_mask(boxes, classes, size):
 
 
 # ---------------------------------------------------------------- GrabCut
-# PAPER SILENT: GrabCut's iterations and where its background model comes from; 5 iterations, and only a margin of 10 %
-# of the box around it, since far parts of the image share colours with the object more often than they help.
+# PAPER SILENT: GrabCut's iterations and where its background model comes from; 5 iterations, fewer where one moves at
+# most 3 pixels of 1,000 (a fifth of the time, and the same score), and only a margin of 10 % of the box around it,
+# since far parts of the image share colours with the object more often than they help.
 # PAPER SILENT: whether a box knows of its neighbours; what lies in another box of its class is not taken for sure
 # background ("background pixels outside all boxes are correctly labeled", Sect. 1): in a flock the margin is full of
 # the other sheep, and a background model that has learnt sheep finds no sheep.
@@ -243,7 +244,7 @@ def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=
         if filled < min_fill:
             break
         kept = state & 1, background.copy(), foreground.copy()
-        if np.array_equal(state, before):  # nothing moved, nothing will
+        if np.count_nonzero(state != before) <= 0.003 * state[own].size:
             break
     if kept is None:
         return mask, LITTLE if filled else NOTHING
@@ -534,7 +535,7 @@ def parse_arguments():
     add("--fill-rates", metavar="NAME", help="also write the filling rates (Eq. 7) of images and classes to NAME.json, "
         "and a picture like Fig. 2 to NAME.png")
     cut = parser.add_argument_group("GrabCut (one run per box: paper)")
-    cut.add_argument("--iterations", type=int, default=5, help="fit colours and cut so often (default: 5, ours)")
+    cut.add_argument("--iterations", type=int, default=5, help="fit colours and cut at most so often (default: 5, ours)")
     cut.add_argument("--margin", type=float, default=0.1, help="what the background's colours are learnt from: so much "
                      "of the box's width and height around it (default: 0.1, ours)")
     cut.add_argument("--working-size", type=int, default=240, help="a larger box and margin are scaled down to "

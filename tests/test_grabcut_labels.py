@@ -206,6 +206,22 @@ def test_an_iteration_that_loses_the_object_is_taken_back(monkeypatch, fills, wa
     assert why == reason and mask.sum() == wanted and mask[5:15, 5:15].sum() == wanted
 
 
+@pytest.mark.parametrize("moved, wanted", [(0, 2), (4, 2), (5, 5)])
+def test_iterations_end_where_three_pixels_in_a_thousand_move(monkeypatch, moved, wanted):
+    """In a box of 40x40, 4.8 pixels: the first iteration moves half of it, each after it `moved` pixels back."""
+    calls = []
+
+    def cut(image, state, *_):
+        calls.append(800 - moved * len(calls))
+        box = np.full(1600, cv2.GC_PR_BGD, np.uint8)
+        box[:calls[-1]] = cv2.GC_PR_FGD
+        state[4:44, 4:44] = box.reshape(40, 40)
+
+    monkeypatch.setattr(cv2, "grabCut", cut)
+    mask, _ = grabcut(np.zeros((60, 60, 3), np.uint8), (10, 10, 50, 50))
+    assert len(calls) == wanted and mask.sum() == calls[-1]
+
+
 def flock():
     """Three boxes side by side on a grey band over green: -> picture, truth (H, W) bool, boxes."""
     band = np.zeros((90, 160), bool)
