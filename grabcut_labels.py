@@ -535,7 +535,7 @@ def parse_arguments():
     add("--fill-rates", metavar="NAME", help="also write the filling rates (Eq. 7) of images and classes to NAME.json, "
         "and a picture like Fig. 2 to NAME.png")
     cut = parser.add_argument_group("GrabCut (one run per box: paper)")
-    cut.add_argument("--iterations", type=int, default=5, help="fit colours and cut at most so often (default: 5, ours)")
+    cut.add_argument("--iterations", type=int, default=5, help="at most so many fits and cuts (default: 5, ours)")
     cut.add_argument("--margin", type=float, default=0.1, help="what the background's colours are learnt from: so much "
                      "of the box's width and height around it (default: 0.1, ours)")
     cut.add_argument("--working-size", type=int, default=240, help="a larger box and margin are scaled down to "

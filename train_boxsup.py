@@ -253,8 +253,8 @@ def segments_of(choice, candidates):
 
 
 class Choices:
-    """The candidate that each box took, for the images of a range: choices[index] -> (K,) int32. Appended in the range's
-    order and held in two flat arrays, since a million small ones would take 230 bytes an image."""
+    """The candidate that each box took, for the images of a range: choices[index] -> (K,) int32. Appended in the order
+    of the range and held in two flat arrays, since an array of its own for each image would take 230 bytes."""
     def __init__(self, indices, boxes_of=(), flat=()):
         self.indices, self.flat = indices, array("i", flat)
         self.ends = array("q", [0, *np.cumsum(boxes_of, dtype=np.int64)])

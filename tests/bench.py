@@ -302,6 +302,59 @@ def candidates(c):
     return rows
 
 
+def stages(c):
+    """MCG stage by stage against the plain loops that the tests hold each to (tests/test_mcg.py), on one core. On a
+    picture of a quarter of the sides: on a whole one the loops take minutes. The share of each stage in MCG's time on a
+    whole picture is below the table."""
+    with one_core():                                    # which it sets for its tests
+        import test_mcg                                 # here: it brings pytest
+    ours = {name: getattr(mcg_candidates, name) for name in ("contour_strength", "descend", "spectral_strength",
+                                                             "merge_tree", "fill_holes", "near_duplicates")}
+    given, seconds = {}, dict.fromkeys(ours, 0.0)
+
+    def watch(name, *arguments):
+        given.setdefault(name, arguments)
+        start = time.perf_counter()
+        result = ours[name](*arguments)
+        seconds[name] += time.perf_counter() - start
+        return result
+
+    voc, ids = drawn(c.folder, c.pictures)
+    image = mcg_candidates.read_image(voc / "JPEGImages" / f"{ids[0]}.jpg")
+    quarter = cv2.resize(image, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+    try:
+        for name in ours:
+            setattr(mcg_candidates, name, functools.partial(watch, name))
+        with one_core():
+            mcg_candidates.mcg(image)
+            given.clear()                               # and again, now that all is loaded
+            seconds = dict.fromkeys(ours, 0.0)
+            start = time.perf_counter()
+            mcg_candidates.mcg(image)
+            whole, shares = time.perf_counter() - start, seconds
+            given.clear()
+            mcg_candidates.mcg(quarter)
+    finally:
+        for name, function in ours.items():
+            setattr(mcg_candidates, name, function)
+
+    superpixels = ours["descend"](*given["descend"])
+    members, areas = given["near_duplicates"]
+    plain = {"contour_strength": lambda: test_mcg.naive_contours(quarter),
+             "descend": lambda: test_mcg.walk(*given["descend"]),
+             "merge_tree": lambda: test_mcg.naive_tree(*given["merge_tree"][:4]),
+             "fill_holes": lambda: test_mcg.flood(given["fill_holes"][0], superpixels),
+             "near_duplicates": lambda: test_mcg.one_by_one(members[:500], areas)}
+    given["merge_tree"] = *given["merge_tree"][:4], (0, 0, 0)                       # no groups: the loop finds none
+    given["near_duplicates"] = members[:500], areas
+    with one_core():
+        rows = [row(f"stages {name}", "a plain loop", "s", *by_turns(
+            c, functools.partial(ours[name], *given[name]), loop, warm=1), "< 1") for name, loop in plain.items()]
+    rows[0]["note"] = f"of {whole:.2f} s for a whole picture: " + ", ".join(
+        f"{name} {share / whole:.0%}" for name, share in shares.items()) + f"; {areas.size} superpixels in the quarter"
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # rows: BoxSup's label update
 
@@ -371,7 +424,8 @@ def update(c):
                               top_k=5, seed=0)
 
     def whole():
-        train_boxsup.update_labels(network, images, indices, None, 1, args, autocast(c), CLASSES, tqdm(disable=True), [])
+        bar = tqdm(disable=True)
+        train_boxsup.update_labels(network, images, indices, None, 1, args, autocast(c), CLASSES, bar, [])
 
     @torch.inference_mode()
     def forward():
@@ -726,7 +780,7 @@ def stream(c):
 
 
 ROWS = {function.__name__.rstrip("_"): function for function in (
-    grabcut, candidates, costs, update, step, reference, full, affinity, amp, input_, evaluation, crf, torchrun,
+    grabcut, candidates, stages, costs, update, step, reference, full, affinity, amp, input_, evaluation, crf, torchrun,
     stream)}
 
 

@@ -63,30 +63,36 @@ def test_channels_are_histograms():
         np.testing.assert_allclose(sum(maps), 1, atol=1e-5)
 
 
-def test_contour_strength_against_a_naive_loop():
-    image = cv2.GaussianBlur(noise(11, 13, seed=3), (0, 0), 1.5)
-    strength = contour_strength(image)
-    offset = mcg_candidates.OFFSET
-    lists = contour_channels(image)
-    weights = [1, 1, 1, mcg_candidates.TEXTURE]
+def naive_contours(image):
+    """contour_strength() by the definition: windows summed weight by weight, two points a pixel and angle."""
+    sizes, lists = image.shape[:2], contour_channels(image)
     reach = round(4 * mcg_candidates.SIGMA)  # OpenCV cuts the window off there, and mirrors the picture at its border
     window = np.exp(-np.arange(-reach, reach + 1) ** 2 / (2 * mcg_candidates.SIGMA ** 2))
     window = np.outer(window, window) / window.sum() ** 2
 
     def blur(values):
         wide = np.pad(values.astype(np.float64), reach, mode="reflect")
-        return sum(window[a, b] * wide[a:a + 11, b:b + 13] for a, b in np.ndindex(window.shape))
+        return sum(window[a, b] * wide[a:a + sizes[0], b:b + sizes[1]] for a, b in np.ndindex(window.shape))
 
-    blurred = [[blur(m) for m in maps] for maps in lists]
-    assert strength.shape == (8, 11, 13)
+    blurred = [np.stack([blur(m) for m in maps]) for maps in lists]                               # (bins, H, W)
+    weights = [1, 1, 1, mcg_candidates.TEXTURE]
+    strength = np.zeros((8, *sizes))
     for angle in range(8):
-        x, y = round(offset * np.cos(angle * np.pi / 8)), round(offset * np.sin(angle * np.pi / 8))
-        for row, column in itertools.product(range(11), range(13)):
-            one = min(max(row + y, 0), 10), min(max(column + x, 0), 12)
-            other = min(max(row - y, 0), 10), min(max(column - x, 0), 12)
-            wanted = sum(weight * max(1 - sum(np.sqrt(m[one] * m[other]) for m in maps), 0) ** 0.5
-                         for weight, maps in zip(weights, blurred)) / sum(weights)
-            assert strength[angle, row, column] == pytest.approx(wanted, abs=3e-3)
+        x, y = (round(mcg_candidates.OFFSET * f(angle * np.pi / 8)) for f in (np.cos, np.sin))
+        for row, column in np.ndindex(sizes):
+            one, other = ((min(max(row + sign * y, 0), sizes[0] - 1), min(max(column + sign * x, 0), sizes[1] - 1))
+                          for sign in (1, -1))
+            strength[angle, row, column] = sum(
+                weight * max(1 - np.sqrt(maps[:, one[0], one[1]] * maps[:, other[0], other[1]]).sum(), 0) ** 0.5
+                for weight, maps in zip(weights, blurred)) / sum(weights)
+    return strength
+
+
+def test_contour_strength_against_a_naive_loop():
+    image = cv2.GaussianBlur(noise(11, 13, seed=3), (0, 0), 1.5)
+    strength = contour_strength(image)
+    assert strength.shape == (8, 11, 13)
+    np.testing.assert_allclose(strength, naive_contours(image), atol=3e-3)
 
 
 def test_a_step_is_strongest_on_the_step_and_across_it():
@@ -98,24 +104,30 @@ def test_a_step_is_strongest_on_the_step_and_across_it():
     assert contour_strength(np.ascontiguousarray(image.transpose(1, 0, 2)))[4, 20, 20] > 0.5
 
 
-def test_descend_against_a_walk():
-    """Pixel by pixel: go to the lowest of the four neighbours, as long as it is lower."""
-    heights = cv2.GaussianBlur(np.random.default_rng(1).random((23, 31)).astype(np.float32), (0, 0), 2)
-    superpixels = descend(heights)
+def walk(heights):
+    """descend() pixel by pixel: go to the lowest of the four neighbours, as long as it is lower -> where each ends."""
+    height, width = heights.shape
     wave = [np.cos(2 * np.pi / mcg_candidates.GRID * np.arange(n, dtype=np.float32)) for n in heights.shape]
-    tilted = heights - mcg_candidates.TILT * (wave[0][:, None] + wave[1])
-    ends = {}
+    tilted = (heights - mcg_candidates.TILT * (wave[0][:, None] + wave[1])).tolist()
+    ends = np.zeros(heights.shape, int)
     for start in np.ndindex(heights.shape):
-        at = start
+        y, x = start
         while True:
-            around = [(at[0] + dy, at[1] + dx) for dy, dx in ((0, 1), (0, -1), (1, 0), (-1, 0))]
-            around = [p for p in around if 0 <= p[0] < 23 and 0 <= p[1] < 31]
-            lowest = min(around, key=lambda p: tilted[p])
-            if tilted[lowest] >= tilted[at]:
+            around = [(v, u) for v, u in ((y, x + 1), (y, x - 1), (y + 1, x), (y - 1, x))
+                      if 0 <= v < height and 0 <= u < width]
+            v, u = min(around, key=lambda p: tilted[p[0]][p[1]])
+            if tilted[v][u] >= tilted[y][x]:
                 break
-            at = lowest
-        ends.setdefault(at, set()).add(int(superpixels[start]))
-    assert all(len(ids) == 1 for ids in ends.values()) and len(ends) == superpixels.max() + 1 > 3
+            y, x = v, u
+        ends[start] = y * width + x
+    return ends
+
+
+def test_descend_against_a_walk():
+    heights = cv2.GaussianBlur(np.random.default_rng(1).random((23, 31)).astype(np.float32), (0, 0), 2)
+    superpixels, ends = descend(heights), walk(heights)
+    both = set(zip(superpixels.ravel().tolist(), ends.ravel().tolist()))
+    assert len(both) == len(np.unique(ends)) == superpixels.max() + 1 > 3
     for r in range(superpixels.max() + 1):  # each hangs together by pixel edges
         assert cv2.connectedComponents((superpixels == r).astype(np.uint8), connectivity=4)[0] == 2
 
@@ -188,28 +200,31 @@ def test_eigenvectors_of_two_superpixels():
 
 
 # ---------------------------------------------------------------- tree and groups
+def naive_tree(pairs, strength, length, areas):
+    """merge_tree()'s children, each as a set: all borders are summed from the arcs anew for each merge."""
+    region, area, children = list(range(len(areas))), dict(enumerate(areas)), []
+    arcs = list(zip(pairs.tolist(), strength.tolist(), length.tolist()))
+    while len(children) < len(areas) - 1:
+        borders = {}
+        for (i, j), s, n in arcs:
+            if region[i] != region[j]:
+                total, whole = borders.get(frozenset((region[i], region[j])), (0, 0))
+                borders[frozenset((region[i], region[j]))] = total + s * n, whole + n
+        cost = lambda pair: (borders[pair][0] / borders[pair][1] *
+                             min(area[r] for r in pair) ** mcg_candidates.AREA_POWER)
+        pair, new = min(borders, key=cost), len(areas) + len(children)
+        region = [new if r in pair else r for r in region]
+        area[new] = sum(area[r] for r in pair)
+        children.append(set(pair))
+    return children
+
+
 def test_tree_against_naive_agglomeration():
     rng = np.random.default_rng(5)
-    superpixels = blocks(5, 6, 3)
-    arcs = border_arcs(superpixels)
+    arcs = border_arcs(blocks(5, 6, 3))
     strength, areas = rng.random(len(arcs["pairs"])), rng.integers(1, 50, 30).tolist()
     children, _ = merge_tree(arcs["pairs"], strength, arcs["length"], areas)
-
-    regions = {r: {r} for r in range(30)}
-    area = dict(enumerate(areas))
-    for step, merged in enumerate(children):
-        best = None
-        for a, b in itertools.combinations(regions, 2):  # all pairs, their border summed from the arcs each time
-            border = [(s * n, n) for (i, j), s, n in zip(arcs["pairs"], strength, arcs["length"])
-                      if i in regions[a] and j in regions[b] or j in regions[a] and i in regions[b]]
-            if border:
-                mean = sum(s for s, _ in border) / sum(n for _, n in border)
-                cost = mean * min(area[a], area[b]) ** mcg_candidates.AREA_POWER
-                best = min(best or (cost, {a, b}), (cost, {a, b}), key=lambda c: c[0])
-        assert set(merged) == best[1], step
-        a, b = merged
-        regions[30 + step], area[30 + step] = regions.pop(a) | regions.pop(b), area[a] + area[b]
-    assert list(regions.values()) == [set(range(30))]
+    assert [set(merged) for merged in children] == naive_tree(arcs["pairs"], strength, arcs["length"], areas)
 
 
 def test_groups_are_all_small_connected_sets_with_the_new_region():
@@ -237,20 +252,33 @@ def test_groups_are_all_small_connected_sets_with_the_new_region():
 
 
 # ---------------------------------------------------------------- sets of segments
+def flood(members, superpixels):
+    """fill_holes() pixel by pixel, segment by segment -> (N, H, W) bool."""
+    filled = np.zeros((len(members), *superpixels.shape), bool)
+    for n, member in enumerate(members):
+        rest = np.pad(~member[superpixels], 1, constant_values=True).astype(np.uint8)  # a rim of outside pixels
+        _, parts = cv2.connectedComponents(rest, connectivity=4)
+        filled[n] = parts[1:-1, 1:-1] != parts[0, 0]
+    return filled
+
+
 def test_holes_against_a_flood_of_pixels():
     superpixels = blocks(7, 9, 1)
-    pairs = border_arcs(superpixels)["pairs"]
     border = np.unique(np.concatenate([superpixels[0], superpixels[-1], superpixels[:, 0], superpixels[:, -1]]))
     members = np.random.default_rng(2).random((150, 63)) < 0.65
     members[0], members[1] = True, False
-    filled = fill_holes(members, pairs, border)
-    changed = 0
-    for before, after in zip(members, filled):
-        rest = np.pad(~before.reshape(7, 9), 1, constant_values=True).astype(np.uint8)  # a rim of outside pixels
-        _, parts = cv2.connectedComponents(rest, connectivity=4)
-        np.testing.assert_array_equal(after.reshape(7, 9), parts[1:-1, 1:-1] != parts[0, 0])
-        changed += (before != after).any()
-    assert changed > 10
+    filled = fill_holes(members, border_arcs(superpixels)["pairs"], border)
+    np.testing.assert_array_equal(filled[:, superpixels], flood(members, superpixels))
+    assert (members != filled).any(1).sum() > 10
+
+
+def one_by_one(members, areas, limit=mcg_candidates.JACCARD):
+    """near_duplicates() by the definition: each segment against all that were kept before it."""
+    kept = []
+    for n, row in enumerate(members):
+        if all((areas * (row & members[k])).sum() <= limit * (areas * (row | members[k])).sum() for k in kept):
+            kept.append(n)
+    return ~np.isin(np.arange(len(members)), kept)
 
 
 def test_near_duplicates_against_sets():
@@ -260,11 +288,9 @@ def test_near_duplicates_against_sets():
     members = np.concatenate([base, base, base ^ (rng.random((30, 40)) < 0.02), base ^ (rng.random((30, 40)) < 0.05)])
     members = members[rng.permutation(len(members))]
     members = members[members.any(1)]
-    kept = []
-    for n, row in enumerate(members):
-        if all((areas * (row & members[k])).sum() <= 0.95 * (areas * (row | members[k])).sum() for k in kept):
-            kept.append(n)
-    assert np.flatnonzero(~near_duplicates(members, areas, 0.95)).tolist() == kept and 30 <= len(kept) < 100
+    dropped = one_by_one(members, areas, 0.95)
+    np.testing.assert_array_equal(near_duplicates(members, areas, 0.95), dropped)
+    assert 30 <= (~dropped).sum() < 100
 
 
 def test_equal_keys_are_equal_segments():

@@ -1,4 +1,4 @@
-"""tests/ablation.py and tests/candidate_quality.py as somebody would call them, on a few tiny pictures."""
+"""tests/ablation.py, candidate_quality.py and bench.py as somebody would call them, on a few tiny pictures."""
 import json
 import os
 import subprocess
@@ -69,3 +69,15 @@ def test_what_the_choice_makes_of_candidates(folder):
     rows = {cells[1]: [float(x) for x in cells[2:4]] for cells in (line.split("|") for line in lines[4:])}
     assert list(rows) == [" 0 ", " 1 "] and all(0 < x < 100 for row in rows.values() for x in row)
     assert rows[" 0 "][0] > 40  # by the box alone, on isolated shapes
+
+
+def test_bench_writes_what_it_prints(folder):
+    printed = call("bench.py", "stages", "affinity", "--repeat", "1", "--json", "bench.json", folder=folder)
+    report = json.loads((folder / "bench.json").read_text())
+    assert report["failed"] == [] and report["command"].endswith("--json bench.json") and report["hardware"]["cores"]
+    names = [row["name"] for row in report["rows"]]
+    assert names[0] == "stages contour_strength" and names[-1] == "affinity growth" and len(names) == 12
+    for row in report["rows"]:
+        assert row["name"] in printed and row["low"] <= row["ratio"] <= row["high"] and row["ours"] > 0
+    assert "no row stage:" in subprocess.run([sys.executable, HERE / "bench.py", "stage"], capture_output=True,
+                                             text=True).stderr
