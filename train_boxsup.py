@@ -35,6 +35,8 @@ import sys
 import time
 import zlib
 from array import array
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -204,15 +206,12 @@ def download(source, data):
 # The label update (Sect. 4.3)
 # ---------------------------------------------------------------------------------------------------------------------
 
-class Proposals(torch.utils.data.Dataset):
-    """index -> index, image (H, W, 3) uint8, and the candidates of its boxes as mcg_candidates.py wrote them."""
-    def __init__(self, images, num_classes):
-        self.images, self.num_classes = images, num_classes
-
-    def __getitem__(self, index):
-        picture, _, candidates = self.images.files(index)
-        image = read_image(picture)
-        return index, image, read_candidates(candidates, image.shape[:2], self.num_classes)
+def read_proposals(images, index, num_classes):
+    """-> image (H, W, 3) uint8, and the candidates of its boxes as mcg_candidates.py wrote them, as tensors."""
+    picture, _, candidates = images.files(index)
+    image = read_image(picture)
+    c = read_candidates(candidates, image.shape[:2], num_classes)
+    return torch.from_numpy(image), {key: torch.from_numpy(value) for key, value in c.items()}
 
 
 def paint(size, boxes, classes, segments):
@@ -268,25 +267,35 @@ class Choices:
         return np.array(self.flat[self.ends[k]:self.ends[k + 1]], np.int32)
 
 
+def ahead(pool, work, items, count):
+    """work(item) for each item, in order, while `count` more are under way in the pool's threads."""
+    waiting = deque()
+    for item in items:
+        waiting.append(pool.submit(work, item))
+        if len(waiting) > count:
+            yield waiting.popleft().result()
+    for job in waiting:
+        yield job.result()
+
+
 def update_labels(network, images, indices, previous, epoch, args, autocast, num_classes, bar, stop):
     """Sect. 4.3, first step: with the network fixed, give each box its segment, and write the masks that result.
 
     network: in eval mode, or None where E_o alone decides; indices: range, this process's share of the images with
     boxes; previous: the Choices of the update before, or None; stop: a list that an interrupt fills.
-    -> Choices, sums for the report (boxes with a segment, boxes without, cost, box IoU, boxes whose
-    choice changed, box IoU of what E_o alone would draw), confusion matrix (C, C) of the estimated masks against the
-    truth, where there is any.
+    -> Choices, sums for the report (boxes with a segment, boxes without, cost, box IoU, boxes whose choice changed, box
+    IoU of what E_o alone would draw), confusion matrix (C, C) of the estimated masks against the truth where it exists.
     """
     # PAPER SILENT: at which size the network sees an image here; its own, as at test (--val-scale).
     device = next(network.parameters()).device if network is not None else torch.device("cpu")
-    loader = torch.utils.data.DataLoader(Proposals(images, num_classes), batch_size=None, sampler=indices,
-                                         num_workers=args.workers, worker_init_fn=quiet_worker,
-                                         generator=torch.Generator())
-    choices, sums, confusion = Choices(indices), np.zeros(6), torch.zeros(num_classes, num_classes, dtype=torch.int64)
-    for index, image, c in loader:                                               # tensors, c: see read_candidates
-        if stop:
-            break
-        cost = overlap = losses.overlap_cost(c["boxes"], c["candidate_boxes"])                    # (K, N), E_o
+
+    def read(index):
+        image, c = read_proposals(images, index, num_classes)
+        return index, image, c, losses.overlap_cost(c["boxes"], c["candidate_boxes"])             # (K, N), E_o
+
+    def look(job):
+        index, image, c, overlap = job
+        cost = overlap
         if network is not None and len(c["boxes"]):
             with torch.inference_mode():
                 with autocast:
@@ -295,25 +304,39 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
                 cost = losses.candidate_cost(logits, weight=args.weight, **there).cpu()           # (K, N), Eq. 4
             if not cost.isfinite().all():
                 raise BadInput(f"Eq. 4 is not finite for {images.ids[index]}: stopped; if --amp is fp16, give another")
-        cost, overlap, c = cost.numpy(), overlap.numpy(), {key: value.numpy() for key, value in c.items()}
+        return index, {key: value.numpy() for key, value in c.items()}, overlap.numpy(), cost.numpy()
+
+    def settle(job):
+        index, c, overlap, cost = job
         rng = np.random.default_rng((args.seed, epoch, index, 1))  # 1: not the stream that draws the image's crop
         choice = choose(cost, overlap < 1, args.top_k, rng)
         labels = paint(c["superpixels"].shape, c["boxes"], c["classes"], segments_of(choice, c))
         picture, label_file, _ = images.files(index)
         write_label(label_file, labels)
 
-        choices.append(choice)
         held = np.flatnonzero(choice >= 0)
         alone = 1 - np.sort(overlap[held], 1)[:, :args.top_k]
-        sums += (len(held), len(choice) - len(held), cost[held, choice[held]].sum(),
-                 (1 - overlap[held, choice[held]]).sum(),
-                 (choice != previous[index]).sum() if previous else len(choice),
-                 alone.sum() / max(alone.shape[1], 1))
-        truth = truth_file(images.voc, images.ids[index])
+        sums = (len(held), len(choice) - len(held), cost[held, choice[held]].sum(),
+                (1 - overlap[held, choice[held]]).sum(),
+                (choice != previous[index]).sum() if previous else len(choice),
+                alone.sum() / max(alone.shape[1], 1))
+        truth, confusion = truth_file(images.voc, images.ids[index]), 0
         if picture.parent == images.voc / "JPEGImages" and truth.exists():  # reported, never trained on
             truth = torch.from_numpy(read_label(truth, labels.shape, num_classes))
-            confusion += losses.confusion_matrix(torch.from_numpy(labels), truth, num_classes)
-        bar.update()
+            confusion = losses.confusion_matrix(torch.from_numpy(labels), truth, num_classes)
+        return choice, sums, confusion
+
+    # Reading and writing files takes a few times what a GPU needs for the network: threads, ahead of it and behind it.
+    choices, sums, confusion = Choices(indices), np.zeros(6), torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    count = max(1, args.workers)
+    with ThreadPoolExecutor(count) as pool:
+        for choice, one, table in ahead(pool, settle, map(look, ahead(pool, read, indices, count)), count):
+            if stop:
+                break
+            choices.append(choice)
+            sums += one
+            confusion += table
+            bar.update()
     return choices, sums, confusion
 
 
@@ -541,8 +564,8 @@ def parse_arguments(argv):
     add("--sync-bn", action="store_true", help="batch norm over all processes (ResNets)")
     add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower): "
         "with them resuming is bit for bit on a GPU, too")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="data processes, for each process of torchrun "
-        "(default here: %(default)s)")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="data processes, threads in the label update, for "
+        "each process of torchrun (default here: %(default)s)")
     add("--log-every", type=int, default=20, help="steps between log records (default %(default)s)")
     add("--save-every", type=int, default=500, help="steps between checkpoints within an epoch (default %(default)s)")
     add("--val-every", type=int, default=1, help="epochs between validations (default %(default)s)")
@@ -795,7 +818,7 @@ def main(argv):
     if updated and step % per_epoch:  # in mid-epoch: paint again what somebody deleted of its masks
         for index in range(n - updated, n)[rank::world]:
             if not images.files(index)[1].exists():
-                c = Proposals(images, len(names))[index][2]
+                c = {key: value.numpy() for key, value in read_proposals(images, index, len(names))[1].items()}
                 write_label(images.files(index)[1], paint(c["superpixels"].shape, c["boxes"], c["classes"],
                                                           segments_of(choices[index], c)))
         if world > 1:

@@ -409,19 +409,18 @@ def costs(c):
 
 def update(c):
     """train_boxsup.update_labels: its time outside the forward pass (reading, costs, choice, painting, writing) against
-    forward passes alone on the same pictures. On a CPU without data workers, on a GPU with them. Aim: the costs under
-    10 % of the forward pass (row "costs share"); here is all the rest, too."""
+    forward passes alone on the same pictures. Aim: the costs under 10 % of the forward pass (row "costs share"); here
+    is all the rest, too."""
     voc, ids = drawn(c.folder, c.pictures)
     out = new_folder(c)
     mcg_candidates.make_candidates(voc, ids, out / "candidates")
     (out / "masks").mkdir()
     images = train_boxsup.Images(voc)
     images.add(ids, voc / "JPEGImages", out / "candidates", out / "masks")
-    indices = list(range(len(ids))) * (4 if c.device == "cuda" else 1)             # so that starting workers fades
+    indices = range(len(ids))
     pixels = [torch.from_numpy(mcg_candidates.read_image(voc / "JPEGImages" / f"{name}.jpg")) for name in ids]
     network = boxsup_network(c)
-    args = argparse.Namespace(workers=min(8, os.cpu_count()) if c.device == "cuda" else 0, val_scale=1.0, weight=3.0,
-                              top_k=5, seed=0)
+    args = argparse.Namespace(workers=min(8, os.cpu_count()), val_scale=1.0, weight=3.0, top_k=5, seed=0)
 
     def whole():
         bar = tqdm(disable=True)
