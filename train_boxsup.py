@@ -326,7 +326,8 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
             confusion = losses.confusion_matrix(torch.from_numpy(labels), truth, num_classes)
         return choice, sums, confusion
 
-    # Reading and writing files takes a few times what a GPU needs for the network: threads, ahead of it and behind it.
+    # Threads read files ahead of the network and write them behind it: with E_o alone, on 2 cores, 8 ms an image, where
+    # a DataLoader, which hands whole pictures from process to process, took 23.
     choices, sums, confusion = Choices(indices), np.zeros(6), torch.zeros(num_classes, num_classes, dtype=torch.int64)
     count = max(1, args.workers)
     with ThreadPoolExecutor(count) as pool:
