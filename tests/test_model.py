@@ -15,8 +15,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import losses
 import model
 from model import (Box2SegNet, DeepLabVGG16, average_pool, format_report, load_encoder, load_matching, load_network,
                    normalize, pick_device, predict, thin_out_vgg16)
@@ -805,3 +808,27 @@ def test_vgg_checkpoint_and_predict(tmp_path, vgg):
     with pytest.raises(ValueError, match="other.pt: .*train_boxsup.py") as caught:
         load_network(tmp_path / "other.pt")
     assert "\n" not in str(caught.value)
+
+
+def test_on_a_gpu_nothing_is_made_on_the_cpu():
+    """PyTorch's fake tensors have a shape and a device but no memory, so that a GPU need not be there: the losses of
+    both trainings, a test, BoxSup's costs. What mixes devices raises. (Backward asks the driver: it is left out.)"""
+    with FakeTensorMode(shape_env=ShapeEnv()):          # the second: sizes that depend on data stay unknown
+        with torch.device("cuda"):
+            network, vgg = Box2SegNet(4, "resnet18", width=8), DeepLabVGG16(4)
+            images = torch.zeros(2, 64, 96, 3, dtype=torch.uint8)
+            labels = torch.zeros(2, 16, 24, dtype=torch.uint8)
+            candidates = dict(superpixels=torch.zeros(64, 96, dtype=torch.int32),
+                              members=torch.zeros(30, 12, dtype=torch.bool),
+                              candidate_boxes=torch.zeros(30, 4, dtype=torch.int32),
+                              boxes=torch.zeros(2, 4, dtype=torch.int32), classes=torch.zeros(2, dtype=torch.uint8))
+        logits, attention, beta = network.train()(normalize(images))
+        draws = losses.pair_samples(labels, 4)
+        for regularizer in ("fr", "box"):
+            loss, _ = losses.box2seg_loss(logits, attention.sigmoid(), beta, labels, labels, draws,
+                                          regularizer=regularizer)
+            assert loss.device.type == "cuda"
+        vgg_logits = vgg.train()(normalize(images))
+        assert losses.cross_entropy_loss(vgg_logits, labels[:, :vgg_logits.shape[2], :vgg_logits.shape[3]]).is_cuda
+        probabilities = predict(network, images[0].cpu(), scales=(0.5, 1), flip=True)
+        assert losses.candidate_cost(probabilities, **candidates).device.type == "cuda"
