@@ -26,6 +26,7 @@ The paper's loop (Fig. 1, Sect. 4.3) in main(), alternating over the two sets of
 """
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
@@ -331,9 +332,8 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
     choices, sums, confusion = Choices(indices), np.zeros(6), torch.zeros(num_classes, num_classes, dtype=torch.int64)
     count = max(1, args.workers)
     with ThreadPoolExecutor(count) as pool:
-        for choice, one, table in ahead(pool, settle, map(look, ahead(pool, read, indices, count)), count):
-            if stop:
-                break
+        jobs = itertools.takewhile(lambda _: not stop, ahead(pool, read, indices, count))
+        for choice, one, table in ahead(pool, settle, map(look, jobs), count):
             choices.append(choice)
             sums += one
             confusion += table

@@ -424,21 +424,39 @@ def test_a_loss_that_is_not_finite_stops_at_once(toy, tmp_path, monkeypatch):
 # Several processes, other starts
 # ---------------------------------------------------------------------------------------------------------------------
 
-def test_two_processes(toy, tmp_path, whole_run):
-    """Sharded update, data and validation: one log, the same first labels, all boxes' choices in the checkpoint."""
-    process = subprocess.run(
+def under_torchrun(toy, out, *flags):
+    return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-         str(30500 + os.getpid() % 1000), SCRIPT, "--data", toy, "--out", tmp_path, *TINY],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
-    log, alone = log_of(tmp_path), log_of(whole_run)
+         str(30500 + os.getpid() % 1000), SCRIPT, "--data", toy, "--out", out, *TINY, *flags],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+
+
+def test_two_processes(toy, tmp_path, whole_run):
+    """Sharded update, data and validation: one log, the same first labels, all boxes' choices in the checkpoint. And
+    two that are killed in the second epoch go on, bit for bit."""
+    process = under_torchrun(toy, tmp_path / "whole")
+    assert process.wait() == 0, process.stderr.read()
+    log, alone = log_of(tmp_path / "whole"), log_of(whole_run)
     assert log[0]["world"] == 2 and len([r for r in log if "args" in r]) == 1
     assert [r["step"] for r in log if "E_r" in r] == [1, 2, 3, 4, 5, 6]
     first, other = ([r for r in records if "labels_of_epoch" in r][0] for records in (log, alone))
     assert first == pytest.approx(other)
-    checkpoint, there = (torch.load(out / "last.pt", weights_only=True) for out in (tmp_path, whole_run))
+    checkpoint, there = (torch.load(out / "last.pt", weights_only=True) for out in (tmp_path / "whole", whole_run))
     assert torch.equal(checkpoint["boxes_of"], there["boxes_of"])
     assert len(checkpoint["choices"]) == len(there["choices"]) > 12
+
+    process = under_torchrun(toy, tmp_path / "parts", "--save-every", "1")
+    log, deadline = tmp_path / "parts" / "log.jsonl", time.time() + 300
+    while process.poll() is None and time.time() < deadline:
+        if log.exists() and '"step": 4, "epoch"' in log.read_text():
+            for worker in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                os.kill(int(worker), signal.SIGKILL)
+            break
+        time.sleep(0.02)
+    assert "SIGKILL" in process.communicate()[1] and torch.load(tmp_path / "parts" / "last.pt")["step"] >= 3
+    process = under_torchrun(toy, tmp_path / "parts", "--resume")
+    assert process.wait() == 0, process.stderr.read()
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_init_from_another_class_count_starts_the_last_layer_fresh(toy, tmp_path, whole_run, capsys):
