@@ -264,12 +264,15 @@ def test_two_processes(toy, tmp_path):
     assert [r["miou"] for r in log if "miou" in r][-1] == pytest.approx(alone, abs=1e-12)
 
 
-def test_bf16_follows_float32(toy, tmp_path):
-    for amp in ("off", "bf16"):
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_follows_float32(toy, tmp_path, amp):
+    for name in ("off", amp):
         # At the full rate this small net's first steps are chaotic: any rounding leads elsewhere.
-        assert train(toy, tmp_path / amp, "--amp", amp, "--epochs", 1, "--lr", 1e-4) == 0
-    curves = [[r["L"] for r in log_of(tmp_path / amp) if "L" in r] for amp in ("off", "bf16")]
+        assert train(toy, tmp_path / name, "--amp", name, "--epochs", 1, "--lr", 1e-4) == 0
+    curves = [[r["L"] for r in log_of(tmp_path / name) if "L" in r] for name in ("off", amp)]
     assert curves[0] != curves[1] and np.allclose(*curves, rtol=0.1)
+    scaler = torch.load(tmp_path / amp / "last.pt", weights_only=True)["scaler"]
+    assert not scaler if amp == "bf16" else scaler["scale"] >= 1 and scaler["_growth_tracker"] > 0  # steps taken
 
 
 def test_a_weight_of_0_leaves_the_branch_out(toy, tmp_path):

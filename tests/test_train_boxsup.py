@@ -249,6 +249,18 @@ def test_training_learns(toy, tmp_path):
     assert np.mean(curve[-6:]) < 0.7 * np.mean(curve[:6])
 
 
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_follows_float32(toy, tmp_path, amp):
+    for name in ("off", amp):
+        assert train(toy, tmp_path / name, "--amp", name, "--lr", 1e-4) == 0
+    curves = [[r["E_r"] for r in log_of(tmp_path / name) if "E_r" in r] for name in ("off", amp)]
+    assert curves[0] != curves[1] and np.allclose(*curves, rtol=0.1)
+    costs = [[r["cost"] for r in log_of(tmp_path / name) if "labels_of_epoch" in r] for name in ("off", amp)]
+    assert costs[0][0] == costs[1][0] and costs[0][1] != costs[1][1] == pytest.approx(costs[0][1], rel=0.1)
+    scaler = torch.load(tmp_path / amp / "last.pt", weights_only=True)["scaler"]
+    assert not scaler if amp == "bf16" else scaler["scale"] >= 1 and scaler["_growth_tracker"] > 0  # steps taken
+
+
 def test_the_rate_falls_in_steps_and_the_last_layer_has_its_own(toy, tmp_path):
     assert train(toy, tmp_path, "--labels", "masks", "--epochs", 3, "--lr-drop", 1, "--head-lr", 10) == 0
     rates = {r["step"]: r["lr"] for r in log_of(tmp_path) if "E_r" in r}
