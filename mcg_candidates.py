@@ -5,6 +5,7 @@ Pictures to candidate segments: the pool from which BoxSup draws its masks (Dai 
     python mcg_candidates.py --data VOCdevkit --method ss                  ... by Selective Search: Table 3 (gop: GOP)
     python mcg_candidates.py --coco instances_train2014.json --images train2014 --out coco_candidates
                                                                            extra boxes, for Tables 1 and 4
+    python mcg_candidates.py --coco ... --masks --out coco_masks           COCO's own masks instead: Table 1, 68.1
     python mcg_candidates.py --image FILE --box X0 Y0 X1 Y1                look at those that fit a box best
 
 Reads   VOC2012/JPEGImages/<id>.jpg, Annotations/<id>.xml, ImageSets/Segmentation/<split>.txt, class_names.txt if there
@@ -15,6 +16,7 @@ Writes  VOC2012/Candidates-mcg/<id>.npz (-ss, -gop), 3,500 segments at most, bes
     members          (N, R) bool    segment n holds superpixel r; packed along axis 1 by numpy.packbits
     candidate_boxes  (N, 4) int32   the segments' tight boxes: x0, y0, x1, y1, 0-based, half-open
     boxes, classes   (K, 4) int32, (K,) uint8   the annotation's, as in grabcut_labels.py
+    <id>.png                       with --masks instead of <id>.npz: class index per pixel, as in SegmentationClass
     source.json      {"images": where the pictures are, from that folder on; "class_names": [...]; "method": ...}
 
 A segment has no class yet: which one a box takes is the training's affair (train_boxsup.py, Eq. 2 to 4). The segments
@@ -896,21 +898,24 @@ def read_names(path):
     return names
 
 
-def read_coco(path, names):
+def read_coco(path, names, masks=False):
     """A COCO instances_*.json -> {id: ([[x, y, width, height], ...], [class, ...])}, ids are the file names' stems.
 
     names: class names, background first; a category takes part whose name, in COCO or in VOC, is one of them. Images
-    without a box of these classes are left out. Raises BadInput.
+    without a box of these classes are left out. masks: not boxes but COCO's outlines, as coco_mask() takes them, crowds
+    among them as class 255. Raises BadInput.
     """
-    # PAPER SILENT: what COCO's crowd regions count as; left out: one box around many objects, which no segment fits.
+    # PAPER SILENT: what COCO's crowd regions count as; as boxes they are left out: one box around many objects, which
+    # no segment fits. As masks they are ignored: what is in there is not said pixel by pixel.
     # PAPER SILENT: whether COCO's pictures with none of the classes are trained on, though 123,287 are counted, which
     # is all of them; left out: they hold no box.
     try:
         coco = json.loads(Path(path).read_text())
         categories = {category["id"]: category["name"] for category in coco["categories"]}
         files = {image["id"]: str(image["file_name"]) for image in coco["images"]}
-        annotations = [(thing["image_id"], thing["category_id"], [float(number) for number in thing["bbox"]])
-                       for thing in coco["annotations"] if not thing.get("iscrowd")]
+        annotations = [(thing["image_id"], thing["category_id"], [float(number) for number in thing["bbox"]],
+                        thing["segmentation"] if masks else None, bool(thing.get("iscrowd")))
+                       for thing in coco["annotations"] if masks or not thing.get("iscrowd")]
     except FileNotFoundError:
         raise BadInput(f"no --coco {path}: wanted an instances_*.json of COCO") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -923,7 +928,7 @@ def read_coco(path, names):
     if not classes:
         raise BadInput(f"{path}: no category is one of the classes {', '.join(names[1:])}: see --class-names")
     found = {}
-    for image, category, box in annotations:
+    for image, category, box, outline, crowd in annotations:
         if image not in files or category not in categories:
             raise BadInput(f"{path}: a box of image {image}, category {category}, not in its lists: fetch it again")
         if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
@@ -936,8 +941,8 @@ def read_coco(path, names):
             known = found.setdefault(stem, (image, [], []))
             if known[0] != image:
                 raise BadInput(f"{path}: images {known[0]} and {image} both have the name {stem}.jpg: rename one")
-            known[1].append(box)
-            known[2].append(classes[category])
+            known[1].append(outline if masks else box)
+            known[2].append(255 if crowd else classes[category])
     if not found:
         raise BadInput(f"{path}: no box of the classes {', '.join(names[1:])}: see --class-names")
     return {stem: (boxes, kinds) for stem, (_, boxes, kinds) in found.items()}
@@ -951,6 +956,39 @@ def coco_boxes(boxes, size, where):
         x0, y0 = x0 - (x < size[1] == x0), y0 - (y < size[0] == y0)  # a sliver in the last column or row
         corners.append(clip_box((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)), size, where))
     return np.array(corners, np.int32).reshape(-1, 4)
+
+
+def coco_mask(outlines, classes, size, where):
+    """COCO's segmentations -> (H, W) uint8 label map, the smaller object on top, 255 (crowds) below all others.
+
+    An outline is a list of polygons [x, y, x, y, ...], in pixels from 0, pixel i reaching from i to i + 1; or (crowds)
+    {"size": [H, W], "counts": [run lengths down the columns, of outside and inside by turns]}. Raises BadInput.
+    """
+    # PAPER SILENT: which of two masks of COCO that overlap is on top; the smaller, as everywhere here.
+    found = []
+    try:
+        for outline in outlines:
+            mask = np.zeros(size, bool)
+            if isinstance(outline, dict):
+                counts = np.array(outline["counts"], np.int64)
+                mask[:] = (np.repeat(np.arange(len(counts)) % 2, counts).reshape(size[::-1]).T == 1)
+            for polygon in [] if isinstance(outline, dict) else outline:
+                points = np.array(polygon, np.float64).reshape(-1, 2).clip(0, size[::-1])
+                if not np.isfinite(points).all():
+                    raise ValueError("it is not finite")
+                (x0, y0), (x1, y1) = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
+                fine = np.zeros((8 * (y1 - y0), 8 * (x1 - x0)), np.uint8)       # a pixel is in if half of its 64 are
+                if fine.size:
+                    cv2.fillPoly(fine, [np.rint(8 * (points - (x0, y0)) - 0.5).astype(np.int32)], 255)
+                    mask[y0:y1, x0:x1] |= cv2.resize(fine, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA) >= 128
+            found.append(mask)
+    except (ValueError, TypeError, KeyError, OverflowError, cv2.error) as error:
+        raise BadInput(f"{where}: an outline in the JSON cannot be drawn ({' '.join(str(error).split())}): it wants "
+                       "polygons, or uncompressed runs of the picture's size") from None
+    labels = np.zeros(size, np.uint8)
+    for k in sorted(range(len(found)), key=lambda k: (classes[k] != 255, -int(found[k].sum()))):
+        labels[found[k]] = classes[k]
+    return labels
 
 
 # ---------------------------------------------------------------- candidates for a list of images
@@ -972,8 +1010,9 @@ def make_candidates(voc, ids, out=None, method="mcg", workers=None, max_candidat
 
 def make_coco_candidates(path, images, out, names=VOC_CLASSES, shard="1/1", method="mcg", workers=None,
                          max_candidates=3500):
-    """The same for the pictures of a COCO instances_*.json (path) in the folder images, with the boxes of `names`."""
-    found = read_coco(path, names)
+    """The same for the pictures of a COCO instances_*.json (path) in the folder images, with the boxes of `names`;
+    method "masks": no candidates, but COCO's own masks, as label PNGs."""
+    found = read_coco(path, names, method == "masks")
     if not Path(images).is_dir():
         raise BadInput(f"no folder --images {images}: wanted the pictures that {path} names")
     ids = take_shard(list(found), shard)
@@ -990,6 +1029,12 @@ def make_one(target, picture, annotation, names, method, max_candidates):
     superpixels, members = METHODS[method](image, max_candidates)
     write_candidates(target, superpixels, members[:max_candidates], boxes, classes)
     return len(members[:max_candidates]), len(boxes)
+
+
+def draw_one(target, picture, annotation, *_):
+    """COCO's masks of one image -> 0 candidates, number of objects."""
+    write_label(target, coco_mask(*annotation, read_image(picture).shape[:2], picture))
+    return 0, len(annotation[1])
 
 
 def one_core():
@@ -1025,7 +1070,8 @@ def a_few_ahead(ids, submit, ahead):
 
 
 def make_all(folder, images, names, ids, annotation_of, method="mcg", workers=None, max_candidates=3500):
-    """Candidates of images/<id>.jpg -> folder/<id>.npz, for each id; annotation_of(id): XML path, or COCO's boxes."""
+    """Candidates of images/<id>.jpg -> folder/<id>.npz, for each id; annotation_of(id): XML path, or COCO's boxes. With
+    method "masks" COCO's masks -> folder/<id>.png."""
     claim_folder(folder, images, names, method)
     summary = {"made": 0, "skipped": 0, "candidates": 0, "boxes": 0, "failures": []}
     workers = workers or os.cpu_count()
@@ -1037,9 +1083,10 @@ def make_all(folder, images, names, ids, annotation_of, method="mcg", workers=No
     pool = ProcessPoolExecutor(workers, context, initializer=one_core)
 
     def submit(image_id):
-        target = Path(folder) / f"{image_id}.npz"
+        make, ending = (draw_one, "png") if method == "masks" else (make_one, "npz")
+        target = Path(folder) / f"{image_id}.{ending}"
         return None if target.exists() else pool.submit(
-            make_one, target, Path(images) / f"{image_id}.jpg", annotation_of(image_id), names, method, max_candidates)
+            make, target, Path(images) / f"{image_id}.jpg", annotation_of(image_id), names, method, max_candidates)
 
     try:
         with tqdm(total=len(ids), desc=f"candidates ({method})", unit="image", disable=None if ids else True) as bar:
@@ -1134,6 +1181,8 @@ def parse_arguments():
     coco = parser.add_argument_group("boxes from COCO (paper: Tables 1, 4, 5)")
     coco.add_argument("--coco", metavar="JSON", help="an instances_*.json, instead of --data; needs --images and --out")
     coco.add_argument("--images", metavar="DIR", help="the pictures that it names")
+    coco.add_argument("--masks", action="store_true", help="no candidates: COCO's own masks, as label PNGs (paper: the "
+                      "baseline of 68.1 in Table 1)")
     coco.add_argument("--class-names", metavar="FILE", help="one a line, background first, COCO's own names or VOC's; "
                       "other boxes are left out (default: VOC's 20, paper; for PASCAL-Context all 80, paper)")
     one = parser.add_argument_group("one picture")
@@ -1149,8 +1198,8 @@ def parse_arguments():
         parser.error("--coco needs --images DIR and --out DIR")
     if arguments.coco and (arguments.split or arguments.list):
         parser.error("--coco takes all images of its JSON: no --split, no --list (--shard takes a part)")
-    if (arguments.images or arguments.class_names) and not arguments.coco:
-        parser.error("--images and --class-names go with --coco")
+    if (arguments.images or arguments.class_names or arguments.masks) and not arguments.coco:
+        parser.error("--images, --masks and --class-names go with --coco")
     if min(arguments.max_candidates, 1 if arguments.workers is None else arguments.workers) < 1:
         parser.error("--max-candidates and --workers of at least 1 wanted")
     return arguments
@@ -1178,6 +1227,7 @@ def main():
     options["workers"] = arguments.workers
     if arguments.coco:
         names = read_names(arguments.class_names) if arguments.class_names else VOC_CLASSES
+        options["method"] = "masks" if arguments.masks else arguments.method
         print(f"images of {arguments.coco} -> {arguments.out}")
         summary = make_coco_candidates(arguments.coco, arguments.images, arguments.out, names, arguments.shard,
                                        **options)
@@ -1192,9 +1242,10 @@ def main():
     made, failures = summary["made"], summary["failures"]
     print(f"made {made}, already there {summary['skipped']}, failed {len(failures)}")
     if made:
-        print(f"{summary['boxes']} boxes, {summary['candidates'] / made:.0f} candidates an image")
+        print(f"{summary['boxes']} objects" if arguments.masks else
+              f"{summary['boxes']} boxes, {summary['candidates'] / made:.0f} candidates an image")
     if failures:
-        print(f"{len(failures)} of {made + summary['skipped'] + len(failures)} images got no candidates; mend them or "
+        print(f"{len(failures)} of {made + summary['skipped'] + len(failures)} images could not be made; mend them or "
               "take them off the list and run again:", *failures, sep="\n  ", file=sys.stderr)
         return 1
     return 0

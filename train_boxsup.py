@@ -515,7 +515,7 @@ def parse_arguments(argv):
     add("--masks-list", metavar="FILE", help="image ids, one a line: these train on true masks, the others on boxes "
         "(paper, semi-supervised: VOC's train.txt)")
     add("--extra", nargs="+", default=[], metavar="DIR", help="candidates of further sets that have boxes only, as "
-        "mcg_candidates.py wrote them (paper: VOC 2007, COCO)")
+        "mcg_candidates.py wrote them (paper: VOC 2007, COCO), or COCO's masks (its --masks)")
     add("--top-k", type=int, default=5, metavar="K", help="draw one of the K cheapest candidates (paper: 5; 1: without "
         "sampling)")
     add("--warm-up", type=int, metavar="EPOCHS", help="choose by E_o alone for so many epochs, while the network knows "
@@ -615,27 +615,38 @@ def training_images(voc, names, args, out):
     masked = ids if args.labels == "masks" else read_list(args.masks_list) if args.masks_list else []
     if outside := set(masked) - set(ids):
         raise BadInput(f"{args.masks_list}: {min(outside)} is not in {list_file}: take it off, or give another --split")
-    with_masks = set(masked)
-    boxed = [i for i in ids if i not in with_masks]
+    known = set(masked)
+    boxed = [i for i in ids if i not in known]
     if masked:
         images.add(masked, pictures, None, None)
-    if boxed:
-        candidates = Path(args.candidates or voc / f"Candidates-{args.method}")
-        images.add(boxed, pictures, *{"rectangles": (None, out / "masks"), "candidates": (candidates, out / "masks"),
-                                      "grabcut": (None, Path(args.grabcut or voc / "GrabCutMasks"))}[args.labels])
-    updated = len(boxed) if args.labels == "candidates" else 0
+
+    further = []                                        # of other sets: ids, pictures, candidates, labels
     for number, folder in enumerate(map(Path, args.extra), 1):
-        source, extra = read_source(folder), sorted(path.stem for path in folder.glob("*.npz"))
+        source = read_source(folder)
+        drawn = source["method"] == "masks"             # by mcg_candidates.py --masks
+        extra = sorted(path.stem for path in folder.glob("*.png" if drawn else "*.npz"))
         if source["class_names"] != names:
             raise BadInput(f"--extra {folder}: made for other classes ({' '.join(source['class_names'][1:])}): make it "
                            "anew with this data's")
         if not extra:
-            raise BadInput(f"--extra {folder}: holds no candidates: make them by mcg_candidates.py")
+            raise BadInput(f"--extra {folder}: holds no {'masks' if drawn else 'candidates'}: make them by "
+                           "mcg_candidates.py")
         if source["images"].resolve() == pictures.resolve() and (twice := set(extra) & set(ids)):
             raise BadInput(f"--extra {folder}: has {min(twice)}, which {list_file} names too: it would train twice")
-        images.add(extra, source["images"], folder, out / f"masks-{number}")
-        updated += len(extra)
-    return images, updated, list_file, (len(masked), len(boxed), len(images.ids) - len(masked) - len(boxed))
+        if drawn:
+            images.add(extra, source["images"], None, folder)
+        else:
+            further.append((extra, source["images"], folder, out / f"masks-{number}"))
+    with_masks = len(images.ids)
+
+    if boxed:
+        candidates = Path(args.candidates or voc / f"Candidates-{args.method}")
+        images.add(boxed, pictures, *{"rectangles": (None, out / "masks"), "candidates": (candidates, out / "masks"),
+                                      "grabcut": (None, Path(args.grabcut or voc / "GrabCutMasks"))}[args.labels])
+    updated = (len(boxed) if args.labels == "candidates" else 0) + sum(len(extra) for extra, *_ in further)
+    for source in further:
+        images.add(*source)
+    return images, updated, list_file, (with_masks, len(boxed), len(images.ids) - with_masks - len(boxed))
 
 
 def write_rectangles(images, indices, names, keep):

@@ -17,10 +17,10 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grabcut_labels
 import mcg_candidates
-from mcg_candidates import (METHODS, VOC_CLASSES, BadInput, box_iou, claim_folder, coco_boxes, critical_levels,
-                            distinct, extents, felzenszwalb, find_voc, geodesic, geodesic_distance, hierarchy,
-                            histograms, make_candidates, neighbours, read_boxes, read_candidates, read_coco,
-                            read_image, read_list, read_source, texture_channels, tight_boxes, watershed,
+from mcg_candidates import (METHODS, VOC_CLASSES, BadInput, box_iou, claim_folder, coco_boxes, coco_mask,
+                            critical_levels, distinct, extents, felzenszwalb, find_voc, geodesic, geodesic_distance,
+                            hierarchy, histograms, make_candidates, neighbours, read_boxes, read_candidates, read_coco,
+                            read_image, read_label, read_list, read_source, texture_channels, tight_boxes, watershed,
                             write_candidates)
 from toy_voc import CLASS_NAMES, make_toy_voc
 
@@ -509,7 +509,7 @@ def test_bad_images_are_reported_and_the_others_made(drawn, devkit):
     (voc / "Annotations" / f"{ids[3]}.xml").unlink()
     status, out, error = command_line("--data", devkit, "--split", "trainval", "--method", "gop", "--workers", 2)
     assert status == 1 and "Traceback" not in error, error
-    assert "made 4, already there 0, failed 4" in out and "4 of 8 images got no candidates" in error
+    assert "made 4, already there 0, failed 4" in out and "4 of 8 images could not be made" in error
     listed = error[error.index("4 of 8"):].splitlines()[1:]
     assert [line.split(":")[0].strip() for line in listed] == ids[:4]
     words = ("not a readable image", "no image", "not readable XML", "no annotation")
@@ -662,6 +662,67 @@ def test_bad_coco_files(tmp_path, spoilt, words):
 def test_no_path_from_inside_the_json(tmp_path):
     found = read_coco(coco_json(tmp_path / "coco.json", [("../../x/a.jpg", "dog", [1, 1, 5, 5], 0)]), VOC_CLASSES)
     assert list(found) == ["a"]
+
+
+def rectangle(x0, y0, x1, y1):
+    return [x0, y0, x1, y0, x1, y1, x0, y1]
+
+
+def test_cocos_masks_by_hand():
+    """A pixel is in where half of it is; parts of one object are one; small on large, all on crowds; runs go down."""
+    polygons = [[rectangle(1, 1, 5, 3), rectangle(3.5, 2, 6.5, 4)]]
+    assert coco_mask(polygons, [3], (5, 8), "here").tolist() == [
+        [0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 3, 3, 3, 3, 0, 0, 0],
+        [0, 3, 3, 3, 3, 3, 3, 0],
+        [0, 0, 0, 3, 3, 3, 3, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0]]
+    crowd = {"size": [3, 4], "counts": [1, 1, 2, 6, 2]}                     # columns .#. .## ### #..
+    assert (coco_mask([crowd], [255], (3, 4), "here") / 255).tolist() == [[0, 0, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0]]
+    for order in ([0, 1, 2], [2, 1, 0]):                # the crowd is below what is larger than it, too
+        outlines = [[rectangle(0, 0, 4, 3)], crowd, [rectangle(1, 1, 3, 2)]]
+        classes = [1, 255, 2]
+        assert coco_mask([outlines[k] for k in order], [classes[k] for k in order], (3, 4), "here").tolist() == [
+            [1, 1, 1, 1], [1, 2, 2, 1], [1, 1, 1, 1]]
+    assert not coco_mask([[rectangle(9, 9, 12, 12), [1, 1, 1, 1, 1, 1]], []], [1, 2], (3, 4), "here").any()
+    turn = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    disc = np.stack([50.3 + 30 * np.cos(turn), 40.7 + 30 * np.sin(turn)], 1).ravel().tolist()
+    ys, xs = np.mgrid[:80, :100] + 0.5
+    found = coco_mask([[disc]], [1], (80, 100), "here") == 1
+    assert found.sum() == pytest.approx(30 * 30 * np.sin(np.pi / 30) * 30, rel=0.006)               # the polygon's area
+    assert (found != (np.hypot(xs - 50.3, ys - 40.7) < 29.96)).sum() < 25                           # all on the rim
+
+
+@pytest.mark.parametrize("outline", [3, "abc", None, [3], [[1, 2, 3]], [["a", "b"]], {}, {"counts": "PP00"},
+                                     {"counts": [5]}, {"counts": [13, -1]}, [[float("nan")] * 6]])
+def test_bad_outlines(outline):
+    with pytest.raises(BadInput, match="here: an outline"):
+        coco_mask([outline], [1], (3, 4), "here")
+
+
+def test_masks_of_coco(drawn, tmp_path):
+    images = tmp_path / "val2014"
+    images.mkdir()
+    for name, jpeg in zip("ab", sorted((drawn[0] / "VOC2012/JPEGImages").glob("*.jpg"))):
+        shutil.copy(jpeg, images / f"{name}.jpg")
+    size = read_image(images / "a.jpg").shape[:2]
+    coco = json.loads(coco_json(tmp_path / "coco.json", BOXES).read_text())
+    for thing in coco["annotations"]:
+        x, y, width, height = thing["bbox"]
+        thing["segmentation"] = ({"size": size, "counts": [7, size[0] * size[1] - 7]} if thing["iscrowd"] else
+                                 [rectangle(x, y, x + width, y + height)])
+    coco["annotations"] = [thing for thing in coco["annotations"] if thing["image_id"] <= 101]         # of a and b
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    arguments = ("--coco", tmp_path / "coco.json", "--images", images, "--out", tmp_path / "masks", "--masks")
+    status, text, error = command_line(*arguments, "--workers", 1)
+    assert status == 0 and "made 2, already there 0, failed 0" in text and "4 objects" in text, error
+    assert sorted(os.listdir(tmp_path / "masks")) == ["a.png", "b.png", "source.json"]
+    assert read_source(tmp_path / "masks")["method"] == "masks"
+    labels = read_label(tmp_path / "masks" / "b.png", size, 21)
+    assert [labels[y, x] for y, x in ((0, 0), (3, 0), (2, 9), (10, 3), (2, -1))] == [0, 20, 20, 12, 255]
+    status, text, _ = command_line(*arguments)
+    assert status == 0 and "made 0, already there 2" in text
+    assert "other method" in refused(*arguments[:-1])
 
 
 # ---------------------------------------------------------------- one picture

@@ -338,6 +338,29 @@ def test_extra_boxes_join_in(toy, tmp_path, capsys):
         train(toy, tmp_path / "again", "--extra", tmp_path / "nowhere")
 
 
+def test_extra_masks_join_in(toy, tmp_path, capsys, monkeypatch):
+    """mcg_candidates.py --masks: trained on as they are, before boxes, which alone get candidates."""
+    other = draw(tmp_path, 5, 1) / "VOC2012"
+    folder, seen = tmp_path / "coco_masks", []
+    mcg_candidates.claim_folder(folder, other / "JPEGImages", train_boxsup.class_names(other), "masks")
+    for path in (other / "SegmentationClass").glob("*.png"):
+        shutil.copy(path, folder)
+    drawn = {path.name: path.read_bytes() for path in folder.iterdir()}
+    original = train_boxsup.read_label
+    monkeypatch.setattr(train_boxsup, "read_label", lambda path, *rest: seen.append(path) or original(path, *rest))
+    assert train(toy, tmp_path / "out", "--extra", folder, other / "Candidates-mcg") == 0
+    count = len(drawn) - 1
+    said = capsys.readouterr().out
+    assert f"{count} with masks, 12 with boxes" in said and "5 with boxes of other sets" in said
+    assert len(torch.load(tmp_path / "out" / "last.pt", weights_only=True)["boxes_of"]) == 17
+    assert sum(path.parent == folder for path in seen) >= count
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == drawn     # read, never written
+    for path in folder.glob("*.png"):
+        path.unlink()
+    with pytest.raises(train_boxsup.BadInput, match="holds no masks"):
+        train(toy, tmp_path / "again", "--extra", folder)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Interrupts
 # ---------------------------------------------------------------------------------------------------------------------
