@@ -169,7 +169,7 @@ def most_probable(image, probabilities, crf=None):
             probabilities = dense_crf(image, probabilities, **crf)
         except ValueError as error:
             raise BadInput(f"--crf: {error}") from None
-    return probabilities.max(0).indices.byte().cpu().numpy()    # argmax(0) takes twenty times as long on a CPU
+    return probabilities.max(0).indices.byte().cpu().numpy()    # argmax(0) takes several times as long on a CPU
 
 
 def predict_labels(network, image, args):

@@ -170,7 +170,7 @@ def box_mask(boxes, classes, size):
 
 # ---------------------------------------------------------------- GrabCut
 # PAPER SILENT: GrabCut's iterations and where its background model comes from; 5 iterations, fewer where one moves at
-# most 3 pixels of 1,000 (a fifth of the time, and the same score), and only a margin of 10 % of the box around it,
+# most 3 pixels of 1,000 (a fifth less time, the same score), and only a margin of 10 % of the box around it,
 # since far parts of the image share colours with the object more often than they help.
 # PAPER SILENT: whether a box knows of its neighbours; what lies in another box of its class is not taken for sure
 # background ("background pixels outside all boxes are correctly labeled", Sect. 1): in a flock the margin is full of

@@ -970,15 +970,18 @@ def coco_mask(outlines, classes, size, where):
         for outline in outlines:
             mask = np.zeros(size, bool)
             if isinstance(outline, dict):
+                if list(outline["size"]) != list(size):
+                    raise ValueError(f"runs of size {outline['size']}, the picture's is {list(size)}")
                 counts = np.array(outline["counts"], np.int64)
                 mask[:] = (np.repeat(np.arange(len(counts)) % 2, counts).reshape(size[::-1]).T == 1)
             for polygon in [] if isinstance(outline, dict) else outline:
-                points = np.array(polygon, np.float64).reshape(-1, 2).clip(0, size[::-1])
-                if not np.isfinite(points).all():
-                    raise ValueError("it is not finite")
-                (x0, y0), (x1, y1) = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int)
-                fine = np.zeros((8 * (y1 - y0), 8 * (x1 - x0)), np.uint8)       # a pixel is in if half of its 64 are
-                if fine.size:
+                points = np.array(polygon, np.float64).reshape(-1, 2)
+                if not (np.abs(points) < 2 ** 20).all():                        # NaN, too
+                    raise ValueError("no numbers of pixels")
+                x0, y0 = np.floor(points.min(0)).astype(int).clip(0)
+                x1, y1 = np.ceil(points.max(0)).astype(int).clip(max=size[::-1])
+                if x0 < x1 and y0 < y1:
+                    fine = np.zeros((8 * (y1 - y0), 8 * (x1 - x0)), np.uint8)   # a pixel is in if half of its 64 are
                     cv2.fillPoly(fine, [np.rint(8 * (points - (x0, y0)) - 0.5).astype(np.int32)], 255)
                     mask[y0:y1, x0:x1] |= cv2.resize(fine, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA) >= 128
             found.append(mask)
@@ -1171,7 +1174,8 @@ def parse_arguments():
     add("--list", metavar="FILE", help="image ids, one a line, instead of --split")
     add("--shard", metavar="I/N", default="1/1", help="only the I-th of N equal parts of the list, to share it among "
         "machines that see one disk (default: 1/1)")
-    add("--out", metavar="DIR", help="where the NPZ files go (default: Candidates-METHOD beside SegmentationClass)")
+    add("--out", metavar="DIR", help="where the NPZ files (or PNGs) go (default: Candidates-METHOD beside "
+        "SegmentationClass)")
     add("--workers", type=int, metavar="N", help="images at a time, each on one core (default: as many as cores); "
         "Selective Search takes about 0.5 GB a million pixels")
     add("--method", choices=tuple(METHODS), default="mcg", help="Multiscale Combinatorial Grouping (default, paper), "

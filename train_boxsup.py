@@ -608,7 +608,8 @@ def check(args, device):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def training_images(voc, names, args, out):
-    """--labels, --masks-list and --extra -> Images, and how many of them, the last ones, are to get candidates."""
+    """--labels, --masks-list and --extra -> Images; how many of them, the last ones, get segments; the list's file; the
+    first that has boxes only, and counts: of the list with boxes, of other sets with masks, of these with boxes."""
     images = Images(voc)
     ids, list_file = training_list(voc, args.split)
     pictures = voc / "JPEGImages"
@@ -620,7 +621,7 @@ def training_images(voc, names, args, out):
     if masked:
         images.add(masked, pictures, None, None)
 
-    further = []                                        # of other sets: ids, pictures, candidates, labels
+    further, seen = [], set()                           # further: of other sets, ids, pictures, candidates, labels
     for number, folder in enumerate(map(Path, args.extra), 1):
         source = read_source(folder)
         drawn = source["method"] == "masks"             # by mcg_candidates.py --masks
@@ -633,11 +634,15 @@ def training_images(voc, names, args, out):
                            "mcg_candidates.py")
         if source["images"].resolve() == pictures.resolve() and (twice := set(extra) & set(ids)):
             raise BadInput(f"--extra {folder}: has {min(twice)}, which {list_file} names too: it would train twice")
+        files = {str(source["images"].resolve() / image_id) for image_id in extra}
+        if twice := seen & files:
+            raise BadInput(f"--extra {folder}: has {min(twice)}, which another --extra has too: it would train twice")
+        seen |= files
         if drawn:
             images.add(extra, source["images"], None, folder)
         else:
             further.append((extra, source["images"], folder, out / f"masks-{number}"))
-    with_masks = len(images.ids)
+    first = len(images.ids)                             # of those that have boxes only
 
     if boxed:
         candidates = Path(args.candidates or voc / f"Candidates-{args.method}")
@@ -646,7 +651,7 @@ def training_images(voc, names, args, out):
     updated = (len(boxed) if args.labels == "candidates" else 0) + sum(len(extra) for extra, *_ in further)
     for source in further:
         images.add(*source)
-    return images, updated, list_file, (with_masks, len(boxed), len(images.ids) - with_masks - len(boxed))
+    return images, updated, list_file, (first, len(boxed), first - len(masked), len(images.ids) - first - len(boxed))
 
 
 def write_rectangles(images, indices, names, keep):
@@ -715,9 +720,9 @@ def main(argv):
         raise BadInput(f"{error}; three ways on: --download fetches VOC 2012; python tests/toy_voc.py {args.data} "
                        "draws a small set; for boxes of your own see README.md, 'Your own boxes'") from None
     names = class_names(voc)
-    images, updated, list_file, (masked, boxed, extra) = training_images(voc, names, args, out)
-    say(f"{len(images.ids)} training images, {len(names) - 1} classes: {masked} with masks, {boxed} with boxes "
-        f"({args.labels}) of {list_file}, {extra} with boxes of other sets")
+    images, updated, list_file, (first, boxed, drawn, extra) = training_images(voc, names, args, out)
+    say(f"{len(images.ids)} training images, {len(names) - 1} classes: {first - drawn} with masks, {boxed} with boxes "
+        f"({args.labels}) of {list_file}; {drawn} with masks, {extra} with boxes of other sets")
     n = len(images.ids)
     list_print = fingerprint(images.ids)
     if saved and (saved["class_names"], saved.get("list")) != (names, list_print):
@@ -727,7 +732,7 @@ def main(argv):
         raise BadInput(f"{list_file}: {n} images are less than one batch: give --batch-size {n} or less")
     if rank == 0:
         if args.labels == "candidates" and boxed:
-            summary = mcg_candidates.make_candidates(voc, images.ids[masked:masked + boxed], out=args.candidates,
+            summary = mcg_candidates.make_candidates(voc, images.ids[first:first + boxed], out=args.candidates,
                                                      method=args.method, workers=args.workers or 1)
             if summary["failures"]:
                 raise BadInput(f"{len(summary['failures'])} images got no candidates ({summary['failures'][0]}): mend "
@@ -735,15 +740,16 @@ def main(argv):
         for folder in {labels for _, _, labels in images.sources if labels and labels.parent == out}:
             folder.mkdir(parents=True, exist_ok=True)
         if args.labels == "rectangles":
-            write_rectangles(images, range(masked, masked + boxed), names, keep=bool(saved))
+            write_rectangles(images, range(first, first + boxed), names, keep=bool(saved))
     if world > 1:
         dist.barrier()
     for index in range(n):
         picture, label_file, candidates = images.files(index)
         for path in (picture, candidates or label_file):
             if not path.exists():
-                if index >= masked + boxed:
-                    raise BadInput(f"no {path}, whose candidates are in {candidates.parent}: add it or delete them")
+                made = candidates or label_file         # of other sets these are there, or the image would not be
+                if made.parent in map(Path, args.extra):
+                    raise BadInput(f"no {path}, to which {made} belongs: add the one or delete the other")
                 raise BadInput(f"no {path}, which {list_file} names: " + (
                     f"make it by python grabcut_labels.py --data {args.data}" if args.labels == "grabcut" and
                     path == label_file else "add it or take its id off the list"))

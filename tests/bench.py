@@ -330,7 +330,7 @@ def stages(c):
             seconds = dict.fromkeys(ours, 0.0)
             start = time.perf_counter()
             mcg_candidates.mcg(image)
-            whole, shares = time.perf_counter() - start, seconds
+            whole, shares = time.perf_counter() - start, dict(seconds)
             given.clear()
             mcg_candidates.mcg(quarter)
     finally:

@@ -685,6 +685,9 @@ def test_cocos_masks_by_hand():
         assert coco_mask([outlines[k] for k in order], [classes[k] for k in order], (3, 4), "here").tolist() == [
             [1, 1, 1, 1], [1, 2, 2, 1], [1, 1, 1, 1]]
     assert not coco_mask([[rectangle(9, 9, 12, 12), [1, 1, 1, 1, 1, 1]], []], [1, 2], (3, 4), "here").any()
+    ys, xs = np.mgrid[:16, :16] + 0.5                   # an outline that leaves the picture keeps its slope
+    slope = coco_mask([[[-8.3, 0, 8, 0, 8, 16.3]]], [1], (16, 16), "here") == 1
+    assert np.array_equal(slope, (ys < xs + 8.3) & (xs < 8)) and slope.sum() == 100
     turn = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     disc = np.stack([50.3 + 30 * np.cos(turn), 40.7 + 30 * np.sin(turn)], 1).ravel().tolist()
     ys, xs = np.mgrid[:80, :100] + 0.5
@@ -693,8 +696,10 @@ def test_cocos_masks_by_hand():
     assert (found != (np.hypot(xs - 50.3, ys - 40.7) < 29.96)).sum() < 25                           # all on the rim
 
 
-@pytest.mark.parametrize("outline", [3, "abc", None, [3], [[1, 2, 3]], [["a", "b"]], {}, {"counts": "PP00"},
-                                     {"counts": [5]}, {"counts": [13, -1]}, [[float("nan")] * 6]])
+@pytest.mark.parametrize("outline", [3, "abc", None, [3], [[1, 2, 3]], [["a", "b"]], {},
+                                     {"size": [3, 4], "counts": [5]}, {"size": [3, 4], "counts": [13, -1]},
+                                     {"size": [3, 4], "counts": "PP00"}, {"size": [4, 3], "counts": [4, 8]},
+                                     {"counts": [4, 8]}, [[float("nan")] * 6], [[0, 0, float("inf"), 0, 2, 2]]])
 def test_bad_outlines(outline):
     with pytest.raises(BadInput, match="here: an outline"):
         coco_mask([outline], [1], (3, 4), "here")

@@ -320,7 +320,7 @@ def test_semi_supervision_trains_on_truth_where_there_is_some(toy, tmp_path):
 def test_extra_boxes_join_in(toy, tmp_path, capsys):
     other = draw(tmp_path, 5, 1) / "VOC2012" / "Candidates-mcg"
     assert train(toy, tmp_path / "out", "--labels", "masks", "--extra", other, "--top-k", 1) == 0
-    assert "12 with masks" in (said := capsys.readouterr().out) and "5 with boxes of other sets" in said
+    assert "12 with masks" in (said := capsys.readouterr().out) and "0 with masks, 5 with boxes of other sets" in said
     assert not masks_of(tmp_path / "out") and len(list((tmp_path / "out" / "masks-1").glob("*.png"))) == 5
     assert len(torch.load(tmp_path / "out" / "last.pt", weights_only=True)["boxes_of"]) == 5
     source = json.loads((other / "source.json").read_text())
@@ -340,7 +340,7 @@ def test_extra_boxes_join_in(toy, tmp_path, capsys):
 
 def test_extra_masks_join_in(toy, tmp_path, capsys, monkeypatch):
     """mcg_candidates.py --masks: trained on as they are, before boxes, which alone get candidates."""
-    other = draw(tmp_path, 5, 1) / "VOC2012"
+    other, boxes = (draw(tmp_path / name, 5, seed) / "VOC2012" for name, seed in (("a", 1), ("b", 2)))
     folder, seen = tmp_path / "coco_masks", []
     mcg_candidates.claim_folder(folder, other / "JPEGImages", train_boxsup.class_names(other), "masks")
     for path in (other / "SegmentationClass").glob("*.png"):
@@ -348,13 +348,19 @@ def test_extra_masks_join_in(toy, tmp_path, capsys, monkeypatch):
     drawn = {path.name: path.read_bytes() for path in folder.iterdir()}
     original = train_boxsup.read_label
     monkeypatch.setattr(train_boxsup, "read_label", lambda path, *rest: seen.append(path) or original(path, *rest))
-    assert train(toy, tmp_path / "out", "--extra", folder, other / "Candidates-mcg") == 0
+    assert train(toy, tmp_path / "out", "--extra", folder, boxes / "Candidates-mcg") == 0
     count = len(drawn) - 1
     said = capsys.readouterr().out
-    assert f"{count} with masks, 12 with boxes" in said and "5 with boxes of other sets" in said
+    assert " 0 with masks, 12 with boxes" in said and f"; {count} with masks, 5 with boxes of other sets" in said
     assert len(torch.load(tmp_path / "out" / "last.pt", weights_only=True)["boxes_of"]) == 17
     assert sum(path.parent == folder for path in seen) >= count
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == drawn     # read, never written
+    with pytest.raises(train_boxsup.BadInput, match="another --extra has too"):
+        train(toy, tmp_path / "again", "--extra", folder, folder)
+    picture = other / "JPEGImages" / f"{sorted(drawn)[1].removesuffix('.png')}.jpg"
+    picture.rename(tmp_path / "away.jpg")
+    with pytest.raises(train_boxsup.BadInput, match=f"no .*{picture.name}, to which {folder}/.*png belongs"):
+        train(toy, tmp_path / "again", "--extra", folder)
     for path in folder.glob("*.png"):
         path.unlink()
     with pytest.raises(train_boxsup.BadInput, match="holds no masks"):
