@@ -657,23 +657,25 @@ def evaluate(args):
         kind = read_label if args.against else read_prediction
         return truth, kind(args.labels / f"{name}.png", truth.shape, len(names))
 
-    def read(name):                                                                 # truth, (H, W, 3) uint8
+    def read_picture(name):                                                         # truth, (H, W, 3) uint8
         image = read_image(image_path(voc, name))
         return read_label(truth_path(voc, name), image.shape[:2], len(names)), image
 
     def ask(truth, image):                                                          # and (C, H, W)
         return truth, image, class_probabilities(network, image, args)
 
-    stages = (read_labels, keep, keep) if network is None else (read, ask, functools.partial(answer, crf=args.crf))
+    read, prepare, work = ((read_labels, keep, keep) if network is None else
+                           (read_picture, ask, functools.partial(answer, crf=args.crf)))
     workers = args.workers if args.crf and args.device.type == "cpu" else 0
     if args.crf_search:
-        results = in_order(ids, read, ask, functools.partial(try_crfs, grid=crf_grid(args)), workers)
+        results = in_order(ids, read, prepare, functools.partial(try_crfs, grid=crf_grid(args)), workers)
         return crf_search(results, len(ids), args)
 
     confusion = torch.zeros(len(names), len(names), dtype=torch.int64)              # rows the truth
     bands = {w: torch.zeros_like(confusion) for w in args.trimap}                   # the same inside each band
     per_image, failed = {}, []                                                      # mIoU of each; ids
-    for name, result in tqdm(in_order(ids, *stages, workers), "evaluate", len(ids), unit="img", disable=None):
+    results = in_order(ids, read, prepare, work, workers)
+    for name, result in tqdm(results, "evaluate", len(ids), unit="img", disable=None):
         try:
             truth, prediction = result()                                            # (H, W) uint8 each
         except BadInput as error:
@@ -708,7 +710,7 @@ def evaluate(args):
         temporary = Path(f"{args.json}.{os.getpid()}.tmp")
         temporary.write_text(json.dumps(result, indent=1) + "\n")
         os.replace(temporary, args.json)
-    save_pictures(voc, per_image, lambda name: next(in_order([name], *stages, 0))[1](), network, names, args)
+    save_pictures(voc, per_image, lambda name: work(*prepare(*read(name))), network, names, args)
     if args.trimap_plot:
         runs = {"/".join(Path(args.json or args.checkpoint or args.labels).parts[-2:]): result["trimap"], **others}
         args.trimap_plot.parent.mkdir(parents=True, exist_ok=True)

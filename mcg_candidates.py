@@ -958,33 +958,38 @@ def coco_boxes(boxes, size, where):
     return np.array(corners, np.int32).reshape(-1, 4)
 
 
-def coco_mask(outlines, classes, size, where):
-    """COCO's segmentations -> (H, W) uint8 label map, the smaller object on top, 255 (crowds) below all others.
+def coco_outline(outline, size):
+    """One of COCO's segmentations -> (H, W) bool.
 
-    An outline is a list of polygons [x, y, x, y, ...], in pixels from 0, pixel i reaching from i to i + 1; or (crowds)
-    {"size": [H, W], "counts": [run lengths down the columns, of outside and inside by turns]}. Raises BadInput.
+    A list of polygons [x, y, x, y, ...], in pixels from 0, pixel i reaching from i to i + 1; or (crowds) {"size":
+    [H, W], "counts": [run lengths down the columns, of outside and inside by turns]}. Raises ValueError, TypeError,
+    KeyError.
     """
+    if isinstance(outline, dict):
+        if list(outline["size"]) != list(size):
+            raise ValueError(f"runs of size {outline['size']}, the picture's is {list(size)}")
+        counts = np.array(outline["counts"], np.int64)
+        return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]).T
+    mask = np.zeros(size, bool)
+    for polygon in outline:
+        points = np.array(polygon, np.float64).reshape(-1, 2)
+        if not (np.abs(points) < 2 ** 20).all():        # NaN, too
+            raise ValueError("no numbers of pixels")
+        x0, y0 = np.floor(points.min(0)).astype(int).clip(0)
+        x1, y1 = np.ceil(points.max(0)).astype(int).clip(max=size[::-1])
+        if x0 < x1 and y0 < y1:
+            fine = np.zeros((8 * (y1 - y0), 8 * (x1 - x0)), np.uint8)           # a pixel is in if half of its 64 are
+            cv2.fillPoly(fine, [np.rint(8 * (points - (x0, y0)) - 0.5).astype(np.int32)], 255)
+            mask[y0:y1, x0:x1] |= cv2.resize(fine, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA) >= 128
+    return mask
+
+
+def coco_mask(outlines, classes, size, where):
+    """COCO's segmentations, see coco_outline() -> (H, W) uint8 label map, the smaller object on top, 255 (crowds) below
+    all others. Raises BadInput."""
     # PAPER SILENT: which of two masks of COCO that overlap is on top; the smaller, as everywhere here.
-    found = []
     try:
-        for outline in outlines:
-            mask = np.zeros(size, bool)
-            if isinstance(outline, dict):
-                if list(outline["size"]) != list(size):
-                    raise ValueError(f"runs of size {outline['size']}, the picture's is {list(size)}")
-                counts = np.array(outline["counts"], np.int64)
-                mask[:] = (np.repeat(np.arange(len(counts)) % 2, counts).reshape(size[::-1]).T == 1)
-            for polygon in [] if isinstance(outline, dict) else outline:
-                points = np.array(polygon, np.float64).reshape(-1, 2)
-                if not (np.abs(points) < 2 ** 20).all():                        # NaN, too
-                    raise ValueError("no numbers of pixels")
-                x0, y0 = np.floor(points.min(0)).astype(int).clip(0)
-                x1, y1 = np.ceil(points.max(0)).astype(int).clip(max=size[::-1])
-                if x0 < x1 and y0 < y1:
-                    fine = np.zeros((8 * (y1 - y0), 8 * (x1 - x0)), np.uint8)   # a pixel is in if half of its 64 are
-                    cv2.fillPoly(fine, [np.rint(8 * (points - (x0, y0)) - 0.5).astype(np.int32)], 255)
-                    mask[y0:y1, x0:x1] |= cv2.resize(fine, (x1 - x0, y1 - y0), interpolation=cv2.INTER_AREA) >= 128
-            found.append(mask)
+        found = [coco_outline(outline, size) for outline in outlines]
     except (ValueError, TypeError, KeyError, OverflowError, cv2.error) as error:
         raise BadInput(f"{where}: an outline in the JSON cannot be drawn ({' '.join(str(error).split())}): it wants "
                        "polygons, or uncompressed runs of the picture's size") from None
@@ -1085,8 +1090,9 @@ def make_all(folder, images, names, ids, annotation_of, method="mcg", workers=No
     os.environ["OMP_NUM_THREADS"] = "1"
     pool = ProcessPoolExecutor(workers, context, initializer=one_core)
 
+    make, ending = (draw_one, "png") if method == "masks" else (make_one, "npz")
+
     def submit(image_id):
-        make, ending = (draw_one, "png") if method == "masks" else (make_one, "npz")
         target = Path(folder) / f"{image_id}.{ending}"
         return None if target.exists() else pool.submit(
             make, target, Path(images) / f"{image_id}.jpg", annotation_of(image_id), names, method, max_candidates)

@@ -208,11 +208,10 @@ def download(source, data):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def read_proposals(images, index, num_classes):
-    """-> image (H, W, 3) uint8, and the candidates of its boxes as mcg_candidates.py wrote them, as tensors."""
+    """-> image (H, W, 3) uint8, and the candidates of its boxes as mcg_candidates.py wrote them."""
     picture, _, candidates = images.files(index)
     image = read_image(picture)
-    c = read_candidates(candidates, image.shape[:2], num_classes)
-    return torch.from_numpy(image), {key: torch.from_numpy(value) for key, value in c.items()}
+    return image, read_candidates(candidates, image.shape[:2], num_classes)
 
 
 def paint(size, boxes, classes, segments):
@@ -292,7 +291,8 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
 
     def read(index):
         image, c = read_proposals(images, index, num_classes)
-        return index, image, c, losses.overlap_cost(c["boxes"], c["candidate_boxes"])             # (K, N), E_o
+        overlap = losses.overlap_cost(*(torch.from_numpy(c[key]) for key in ("boxes", "candidate_boxes")))
+        return index, image, c, overlap.numpy()                                                   # (K, N), E_o
 
     def look(job):
         index, image, c, overlap = job
@@ -300,12 +300,12 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
         if network is not None and len(c["boxes"]):
             with torch.inference_mode():
                 with autocast:
-                    logits = full_size_logits(network, image, args.val_scale)                     # (C, H, W)
-                there = {key: value.to(device) for key, value in c.items()}
-                cost = losses.candidate_cost(logits, weight=args.weight, **there).cpu()           # (K, N), Eq. 4
-            if not cost.isfinite().all():
+                    logits = full_size_logits(network, torch.from_numpy(image), args.val_scale)   # (C, H, W)
+                there = {key: torch.from_numpy(value).to(device) for key, value in c.items()}
+                cost = losses.candidate_cost(logits, weight=args.weight, **there).cpu().numpy()   # (K, N), Eq. 4
+            if not np.isfinite(cost).all():
                 raise BadInput(f"Eq. 4 is not finite for {images.ids[index]}: stopped; if --amp is fp16, give another")
-        return index, {key: value.numpy() for key, value in c.items()}, overlap.numpy(), cost.numpy()
+        return index, c, overlap, cost
 
     def settle(job):
         index, c, overlap, cost = job
@@ -621,7 +621,8 @@ def training_images(voc, names, args, out):
     if masked:
         images.add(masked, pictures, None, None)
 
-    further, seen = [], set()                           # further: of other sets, ids, pictures, candidates, labels
+    further = []                                        # of other sets: ids, pictures, candidates, labels
+    trains = {f"{pictures.resolve()}/{i}": f"{list_file} names" for i in ids}
     for number, folder in enumerate(map(Path, args.extra), 1):
         source = read_source(folder)
         drawn = source["method"] == "masks"             # by mcg_candidates.py --masks
@@ -632,12 +633,11 @@ def training_images(voc, names, args, out):
         if not extra:
             raise BadInput(f"--extra {folder}: holds no {'masks' if drawn else 'candidates'}: make them by "
                            "mcg_candidates.py")
-        if source["images"].resolve() == pictures.resolve() and (twice := set(extra) & set(ids)):
-            raise BadInput(f"--extra {folder}: has {min(twice)}, which {list_file} names too: it would train twice")
-        files = {str(source["images"].resolve() / image_id) for image_id in extra}
-        if twice := seen & files:
-            raise BadInput(f"--extra {folder}: has {min(twice)}, which another --extra has too: it would train twice")
-        seen |= files
+        where = source["images"].resolve()
+        for i in extra:
+            if owner := trains.get(f"{where}/{i}"):
+                raise BadInput(f"--extra {folder}: has {i}, which {owner} too: it would train twice")
+            trains[f"{where}/{i}"] = "another --extra has"
         if drawn:
             images.add(extra, source["images"], None, folder)
         else:
@@ -836,7 +836,7 @@ def main(argv):
     if updated and step % per_epoch:  # in mid-epoch: paint again what somebody deleted of its masks
         for index in range(n - updated, n)[rank::world]:
             if not images.files(index)[1].exists():
-                c = {key: value.numpy() for key, value in read_proposals(images, index, len(names))[1].items()}
+                c = read_proposals(images, index, len(names))[1]
                 write_label(images.files(index)[1], paint(c["superpixels"].shape, c["boxes"], c["classes"],
                                                           segments_of(choices[index], c)))
         if world > 1:
