@@ -56,6 +56,23 @@ def differ(a, b):
 # ----------------------------------------------------------------------------------------------------------------------
 # the lattice
 
+def dense(matrix, columns):
+    """crf.py's sparse matrix, entry by entry, as a dense one of so many columns."""
+    column, starts, weight = (x.tolist() for x in matrix)
+    out = torch.zeros(len(starts) - 1, columns)
+    for row, (start, end) in enumerate(itertools.pairwise(starts)):
+        for k in range(start, end):
+            out[row, column[k]] += weight[k]
+    return out
+
+
+def test_product_is_the_matrix_product():
+    matrix = crf.sparse(torch.tensor([2, 0, 1]), torch.tensor([3, 0, 1]), torch.tensor([0.5, 2.0, -1.0]))
+    assert dense(matrix, 4).tolist() == [[2, 0, 0, 0.5], [0, 0, 0, 0], [0, -1, 0, 0]]
+    values = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(crf.product(matrix, values), dense(matrix, 4) @ values)
+
+
 def test_lattice_by_hand_in_one_dimension():
     """
     d = 1: corners (k, -k), 1 apart along either axis. E stretches by sqrt(2/3) (d + 1) / sqrt(1 * 2) = 2 / sqrt(3).
@@ -66,17 +83,17 @@ def test_lattice_by_hand_in_one_dimension():
     """
     kernel = permutohedral_lattice(torch.tensor([[0.25 * 3 ** 0.5 / 2]]))
     splat, blurs, slice_ = kernel
-    assert splat.shape == (2, 1) and len(blurs) == 2 and slice_.shape == (1, 2)
-    assert sorted(splat.values().tolist()) == pytest.approx([0.25, 0.75])
+    assert sorted(dense(splat, 1).flatten().tolist()) == pytest.approx([0.25, 0.75]) and len(blurs) == 2
+    assert torch.equal(dense(slice_, 2), dense(splat, 1).T)
     assert apply(kernel, torch.ones(1, 1)).item() == pytest.approx(1.15625)
 
 
 @pytest.mark.parametrize("d", [1, 2, 3, 5])
 def test_lattice_invariants(d):
     features = torch.randn(300, d, generator=torch.Generator().manual_seed(d)) * 2
-    with torch.sparse.check_sparse_tensor_invariants():                             # columns rise, indices fit
-        splat, blurs, slice_ = permutohedral_lattice(features)
-    splat, blurs, slice_ = splat.to_dense(), [blur.to_dense() for blur in blurs], slice_.to_dense()
+    splat, blurs, slice_ = permutohedral_lattice(features)
+    M = len(splat[1]) - 1
+    splat, blurs, slice_ = dense(splat, 300), [dense(blur, M) for blur in blurs], dense(slice_, M)
     assert torch.equal(splat, slice_.T) and len(blurs) == d + 1
     assert splat.min() > -1e-5 and torch.allclose(splat.sum(0), torch.ones(300), atol=1e-5)
     assert ((splat != 0).sum(0) == d + 1).all()                                     # corners of a simplex
@@ -238,9 +255,9 @@ def test_mean_field_by_hand():
     Q = (3/4, 1/4) and (1/2, 1/2) at first. Messages to pixel 1: 1/2 * (3/4, 1/4) + (1/2, 1/2) = (7/8, 5/8): its logits
     differ by 2 * (7/8 - 5/8) = 1/2. To pixel 0: (3/4, 1/4) + 1/2 * (1/2, 1/2) = (1, 1/2): ln 3 + 2 * 1/2.
     """
-    K = torch.tensor([[1, 0.5], [0.5, 1]]).to_sparse_csr()
+    K = crf.sparse(torch.tensor([2, 2]), torch.tensor([0, 1, 0, 1]), torch.tensor([1, 0.5, 0.5, 1]))
     unary = torch.tensor([[0.0, np.log(3)], [0, 0]]).float()
-    identity = torch.eye(2).to_sparse_csr()
+    identity = crf.sparse(torch.tensor([1, 1]), torch.tensor([0, 1]), torch.ones(2))
     q = mean_field(unary, [(2, (identity, [K], identity))], iterations=1)
     assert (q[:, 0] / q[:, 1]).log().tolist() == pytest.approx([np.log(3) + 1, 0.5], rel=1e-5)
 
