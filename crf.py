@@ -74,9 +74,9 @@ def permutohedral_lattice(features):
 
     # 1. Elevate (Adams et al., p. 5): y = E f, d coordinates -> d + 1 that sum to 0. The last factor makes the blur's
     #    standard deviation 1 (p. 6); it is rounded to float32 where the authors' code does.
-    axis = torch.arange(1, d + 1, dtype=torch.float64)
-    scale = 1 / (axis * (axis + 1)).sqrt() * float(np.float32(math.sqrt(2 / 3) * (d + 1)))
-    x = (features * scale.float().to(device)).T                                     # (d, N)
+    factor = float(np.float32(math.sqrt(2 / 3) * (d + 1)))
+    scale = features.new_tensor([1 / math.sqrt(j * (j + 1)) * factor for j in range(1, d + 1)])
+    x = (features * scale).T                                                        # (d, N)
     y = x.new_empty(d + 1, N)
     below = torch.zeros_like(x[0])
     for j in range(d, 0, -1):
@@ -175,8 +175,8 @@ def crf_kernels(image, xy, rgb, gaussian_xy):
     # PAPER SILENT: in which colours pixels are compared; RGB as it is in the file, 0..255, never an image that was
     # normalised for the network.
     H, W = image.shape[:2]
-    row, column = torch.meshgrid(torch.arange(H), torch.arange(W), indexing="ij")
-    position = torch.stack([column, row], dim=2).view(H * W, 2).float().to(image.device)           # x, y
+    row, column = torch.meshgrid(*(torch.arange(n, device=image.device) for n in (H, W)), indexing="ij")
+    position = torch.stack([column, row], dim=2).view(H * W, 2).float()             # x, y
     colour = image.reshape(H * W, 3).float()
     return gaussian_kernel(torch.cat([position / xy, colour / rgb], dim=1)), gaussian_kernel(position / gaussian_xy)
 

@@ -671,7 +671,7 @@ def evaluate(args):
         results = in_order(ids, read, prepare, functools.partial(try_crfs, grid=crf_grid(args)), workers)
         return crf_search(results, len(ids), args)
 
-    confusion = torch.zeros(len(names), len(names), dtype=torch.int64)              # rows the truth
+    confusion = torch.zeros(len(names), len(names), dtype=torch.int64, device="cpu")   # rows the truth
     bands = {w: torch.zeros_like(confusion) for w in args.trimap}                   # the same inside each band
     per_image, failed = {}, []                                                      # mIoU of each; ids
     results = in_order(ids, read, prepare, work, workers)

@@ -329,7 +329,8 @@ def update_labels(network, images, indices, previous, epoch, args, autocast, num
 
     # Threads read files ahead of the network and write them behind it: with E_o alone, on 2 cores, 8 ms an image, where
     # a DataLoader, which hands whole pictures from process to process, took 23.
-    choices, sums, confusion = Choices(indices), np.zeros(6), torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    choices, sums = Choices(indices), np.zeros(6)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device="cpu")
     count = max(1, args.workers)
     with ThreadPoolExecutor(count) as pool:
         jobs = itertools.takewhile(lambda _: not stop, ahead(pool, read, indices, count))

@@ -297,6 +297,14 @@ def test_array_or_tensor_of_any_float_type_and_any_memory_order():
         assert torch.equal(dense_crf(image, probabilities), wanted)
 
 
+def test_all_happens_where_the_inputs_lie():
+    """What is made without a word about its device becomes a meta tensor here, which mixes with no other."""
+    image, probabilities = picture(20, 24, 5)[0], softmaps(3, 20, 24)
+    wanted = dense_crf(image, probabilities)
+    with torch.device("meta"):
+        assert torch.equal(dense_crf(image, probabilities), wanted)
+
+
 def test_inputs_are_left_as_they_were():
     image, probabilities = picture(20, 24, 5)[0], softmaps(3, 20, 24)
     image_before, before = image.copy(), probabilities.clone()

@@ -327,6 +327,14 @@ def test_bad_places_and_devices(toy, checkpoint, tmp_path):
         assert status == 2 and "Traceback" not in error and "usage" in error
 
 
+@pytest.mark.parametrize("flags", ["--scales 0.5 1 --flip --crf --trimap", "--crf-search", "--trimap-plot {0}/plot.png "
+                                   "--pictures {0}/p --attention {0}/a --affinity {0}/b --pixels 0 0 63 47"])
+def test_every_device_is_named(toy, checkpoint, tmp_path, devices_named, flags):
+    status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--workers", 0,
+                           *flags.format(tmp_path).split())
+    assert status == 0, error
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # the trimap
 

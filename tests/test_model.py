@@ -817,7 +817,7 @@ def test_on_a_gpu_nothing_is_made_on_the_cpu():
         with torch.device("cuda"):
             network, vgg = Box2SegNet(4, "resnet18", width=8), DeepLabVGG16(4)
             images = torch.zeros(2, 64, 96, 3, dtype=torch.uint8)
-            labels = torch.zeros(2, 16, 24, dtype=torch.uint8)
+            labels, rates = torch.zeros(2, 16, 24, dtype=torch.uint8), torch.ones(3)
             candidates = dict(superpixels=torch.zeros(64, 96, dtype=torch.int32),
                               members=torch.zeros(30, 12, dtype=torch.bool),
                               candidate_boxes=torch.zeros(30, 4, dtype=torch.int32),
@@ -828,6 +828,7 @@ def test_on_a_gpu_nothing_is_made_on_the_cpu():
             loss, _ = losses.box2seg_loss(logits, attention.sigmoid(), beta, labels, labels, draws,
                                           regularizer=regularizer)
             assert loss.device.type == "cuda"
+        assert losses.filling_rate_loss(logits, labels, rates).is_cuda
         vgg_logits = vgg.train()(normalize(images))
         assert losses.cross_entropy_loss(vgg_logits, labels[:, :vgg_logits.shape[2], :vgg_logits.shape[3]]).is_cuda
         probabilities = predict(network, images[0].cpu(), scales=(0.5, 1), flip=True)

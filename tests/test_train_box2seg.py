@@ -282,6 +282,11 @@ def test_a_weight_of_0_leaves_the_branch_out(toy, tmp_path):
     assert {k for r in log_of(tmp_path) for k in r if k.startswith("L")} == {"L_GC", "L"}
 
 
+@pytest.mark.parametrize("loss", ["box2seg", "aw-box"])
+def test_every_device_is_named(toy, tmp_path, devices_named, loss):
+    assert train(toy, tmp_path / "out", "--loss", loss, "--epochs", 1, "--amp", "bf16") == 0
+
+
 def test_init_from_another_class_count_starts_the_heads_fresh_and_says_so(toy, tmp_path, whole_run, capsys):
     other = tmp_path / "VOCdevkit"
     make_toy_voc(other, images=12, val=3, size=(48, 64), seed=1)

@@ -371,6 +371,10 @@ def test_extra_masks_join_in(toy, tmp_path, capsys, monkeypatch):
 # Interrupts
 # ---------------------------------------------------------------------------------------------------------------------
 
+def test_every_device_is_named(toy, tmp_path, devices_named):
+    assert train(toy, tmp_path / "out", "--amp", "bf16") == 0
+
+
 @pytest.fixture(scope="module")
 def whole_run(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
