@@ -4,16 +4,17 @@ The dense CRF: every pixel talks to every other one, and labels settle along the
 Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials" (NIPS 2011), which
 both papers run on their network's output: Box2Seg's row (C) of Tables 1 and 2 (74.9 -> 76.4), and BoxSup's Sect. 5
 throughout. Eq. 1 to 5 and Alg. 1 below are that paper's. Its filter is the permutohedral lattice of Adams, Baek and
-Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (Eurographics 2010), here as three sparse
-matrix products. PyTorch alone, on CPU or GPU; pydensecrf, the authors' C++ code with a Python wrapper, is a second
-backend, and what the tests compare with.
+Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (Eurographics 2010), here as products of sparse
+matrices. PyTorch alone, on CPU or GPU; pydensecrf, the authors' C++ code with a Python wrapper, is a second backend,
+and what the tests compare with.
 
 Run:    python crf.py holiday.jpg holiday.npy                                       (Box2Seg's network, ResNet-101)
         python crf.py holiday.jpg holiday.npy --preset vgg16 --iterations 5         (BoxSup's)
 Reads:  a picture, and the class probabilities (C, H, W) of its pixels, any float type, as one gets them by
         numpy.save("holiday.npy", predict(network, image).cpu().numpy()), with predict() of model.py
 Writes: crf.png (--out): the picture | most probable classes before | after
-Expect: 500x375 pixels and 21 classes take half a second to two seconds on one CPU core: the more texture, the longer.
+Expect: a photograph of 500x375 with 21 classes takes half a second to two seconds on one CPU core, the more texture
+        the longer (mere noise takes ten).
         Exit status 0; 2 with one line on stderr if an input will not do.
 """
 import argparse
@@ -85,7 +86,8 @@ def permutohedral_lattice(features):
     y[0] = below
 
     # 2. The corner of colour 0: round to multiples of d + 1. Where these do not sum to 0, correct the coordinates that
-    #    were rounded the farthest. rank: 0 for the coordinate that lies highest above its corner's, d for the lowest.
+    #    were rounded the farthest. rank: 0 for the coordinate that lies highest above its corner's, d for the lowest;
+    #    of equal ones the first is the higher, as in the authors' code.
     corner = (y * (1 / (d + 1))).round()
     above = y - corner * (d + 1)
     rank = corner.sum(0).long().repeat(d + 1, 1)                                    # (d + 1, N)
@@ -98,11 +100,13 @@ def permutohedral_lattice(features):
     corner = (corner + wrap) * (d + 1)                                              # (d + 1, N), sum 0
     low, high = corner.amin(1, keepdim=True), corner.amax(1, keepdim=True)
     room = (high - low + (4 * d + 1))[:d, 0].tolist()                               # 2 d more on both sides, for step 6
-    if not (max(room) < 2 ** 16 and math.prod(room) < 2 ** 62):     # what float32 tells apart, what int64 holds; NaN
+    # Beyond what float32 tells apart, where ranks leave 0..d too, or int64 holds; NaN. Before they serve as indices.
+    if not (rank.min() == 0 and rank.max() == d and max(room) < 2 ** 16 and math.prod(room) < 2 ** 62):
         raise ValueError("the features spread too far for the lattice: raise the standard deviations xy and rgb")
 
     # 3. Barycentric weights (p. 10): differences of neighbours in the sorted residuals; row r for colour r.
-    rising = torch.empty_like(y).scatter_(0, d - rank, (y - corner) * (1 / (d + 1)))
+    place = d - rank
+    rising = torch.empty_like(y).scatter_(0, place, (y - corner) * (1 / (d + 1)))
     weights = rising - rising.roll(1, dims=0)
     weights[0] += 1                                                                 # (d + 1, N), sum 1
 
@@ -112,7 +116,7 @@ def permutohedral_lattice(features):
     digits = torch.tensor(digit, device=device)[:, None]
     first = ((corner - low).long() * digits).sum(0)                                 # (N,), colour 0
     # From colour r to r + 1: 1 up in all coordinates, and d + 1 down in the one of rank d - r.
-    step = sum(digit) - (d + 1) * torch.empty_like(rank).scatter_(0, d - rank, digits.expand(-1, N))
+    step = sum(digit) - (d + 1) * torch.empty_like(rank).scatter_(0, place, digits.expand(-1, N))
     names = first + step.cumsum(0) - step                                           # (d + 1, N)
 
     # 5. Splat and slice: one sort finds the corners that are the same.

@@ -821,8 +821,8 @@ def main(argv):
                               "args": vars(args), "images": n, "list": list_print,
                               "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                               "step": step, "best": best,
-                              "choices": torch.tensor(flat, dtype=torch.int32),
-                              "boxes_of": torch.tensor(ends, dtype=torch.int64).diff()})
+                              "choices": torch.tensor(flat, dtype=torch.int32, device="cpu"),
+                              "boxes_of": torch.tensor(ends, dtype=torch.int64, device="cpu").diff()})
 
     # A first Ctrl-C (or a polite kill) lets the step finish, saves and leaves; a second one leaves at once. Several
     # processes would not stop at the same step, so there the last regular checkpoint is what remains.

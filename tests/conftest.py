@@ -31,9 +31,10 @@ def one_gpu(monkeypatch):
 
 @pytest.fixture
 def devices_named(monkeypatch):
-    """What a script makes without a word about the device, where a GPU would want one, is a meta tensor as long as this
-    lasts: it holds no values, so the script fails once it asks for one of them, or of what was computed from it. Two
-    things are made on the CPU on purpose, and still are: networks, before .to(device), and a loader's batches."""
+    """What a script makes without a word about its device, where a GPU would want one, is a meta tensor as long as this
+    lasts, and holds no values: most operations refuse to mix it with others, and what comes of those that do not is
+    missing from the result, so compare that with an ordinary run's. Two things are made on the CPU on purpose, and
+    still are: networks, before .to(device), and a loader's batches. Other threads are left out."""
     def on_cpu(function):
         def wrapped(*args, **options):
             with torch.device("cpu"):

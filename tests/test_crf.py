@@ -298,7 +298,7 @@ def test_array_or_tensor_of_any_float_type_and_any_memory_order():
 
 
 def test_all_happens_where_the_inputs_lie():
-    """What is made without a word about its device becomes a meta tensor here, which mixes with no other."""
+    """What is made without a word about its device becomes a meta tensor here, which holds no values."""
     image, probabilities = picture(20, 24, 5)[0], softmaps(3, 20, 24)
     wanted = dense_crf(image, probabilities)
     with torch.device("meta"):
@@ -376,6 +376,9 @@ def test_what_will_not_do():
                          (dict(rgb=1e-3), "spread"), (dict(xy=1e-9), "spread"), (dict(gaussian_xy=1e-40), "spread")):
         with pytest.raises(ValueError, match=words):
             dense_crf(image, probabilities, **wrong)
+    for tiny in (1e-6, 1e-7, 1e-20):                    # one colour: no spread, but beyond what float32 tells apart
+        with pytest.raises(ValueError, match="spread"):
+            dense_crf(np.full_like(image, 255), probabilities, rgb=tiny)
 
 
 def test_without_pydensecrf_the_remedy_is_named(monkeypatch):

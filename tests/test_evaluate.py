@@ -327,12 +327,20 @@ def test_bad_places_and_devices(toy, checkpoint, tmp_path):
         assert status == 2 and "Traceback" not in error and "usage" in error
 
 
-@pytest.mark.parametrize("flags", ["--scales 0.5 1 --flip --crf --trimap", "--crf-search", "--trimap-plot {0}/plot.png "
-                                   "--pictures {0}/p --attention {0}/a --affinity {0}/b --pixels 0 0 63 47"])
-def test_every_device_is_named(toy, checkpoint, tmp_path, devices_named, flags):
-    status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--workers", 0,
-                           *flags.format(tmp_path).split())
-    assert status == 0, error
+@pytest.mark.parametrize("flags", ["--scales 0.5 1 --flip --crf --trimap", "--crf-search", "--trimap-plot plot.png "
+                                   "--pictures p --attention a --affinity b --pixels 0 0 63 47"])
+def test_every_device_is_named(toy, checkpoint, tmp_path, monkeypatch, devices_named, flags):
+    made = []
+    for device in ("meta", "cpu"):
+        (tmp_path / device).mkdir()
+        monkeypatch.chdir(tmp_path / device)
+        with torch.device(device):
+            status, said, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--workers", 0,
+                                      "--json", "scores.json", *flags.split())
+        assert status == 0, error
+        made.append((said, {path.relative_to(tmp_path / device): path.read_bytes()
+                            for path in (tmp_path / device).rglob("*") if path.is_file()}))
+    assert made[0] == made[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -282,11 +282,6 @@ def test_a_weight_of_0_leaves_the_branch_out(toy, tmp_path):
     assert {k for r in log_of(tmp_path) for k in r if k.startswith("L")} == {"L_GC", "L"}
 
 
-@pytest.mark.parametrize("loss", ["box2seg", "aw-box"])
-def test_every_device_is_named(toy, tmp_path, devices_named, loss):
-    assert train(toy, tmp_path / "out", "--loss", loss, "--epochs", 1, "--amp", "bf16") == 0
-
-
 def test_init_from_another_class_count_starts_the_heads_fresh_and_says_so(toy, tmp_path, whole_run, capsys):
     other = tmp_path / "VOCdevkit"
     make_toy_voc(other, images=12, val=3, size=(48, 64), seed=1)
@@ -404,6 +399,12 @@ def test_missing_truth_to_validate_on_is_said_before_training(toy, tmp_path):
     with pytest.raises(train_box2seg.BadInput, match=f"{name}.png.*--val-split none"):
         train(data, tmp_path / "out", "--loss", "grabcut")
     assert train(data, tmp_path / "out", "--loss", "grabcut", "--val-split", "none", "--epochs", 1) == 0
+
+
+def test_every_device_is_named(toy, tmp_path, whole_run, devices_named):
+    assert train(toy, tmp_path / "out") == 0
+    with torch.device("cpu"):
+        assert_same_run(tmp_path / "out", whole_run)
 
 
 def test_one_gpu_is_asked_for_by_number(toy, tmp_path, one_gpu):

@@ -371,10 +371,6 @@ def test_extra_masks_join_in(toy, tmp_path, capsys, monkeypatch):
 # Interrupts
 # ---------------------------------------------------------------------------------------------------------------------
 
-def test_every_device_is_named(toy, tmp_path, devices_named):
-    assert train(toy, tmp_path / "out", "--amp", "bf16") == 0
-
-
 @pytest.fixture(scope="module")
 def whole_run(toy, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
@@ -596,6 +592,12 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_arguments
     with pytest.raises(train_boxsup.BadInput, match="trained on 12 images and 5 classes, other ones"):
         train(other, whole_run, "--resume")
     assert (whole_run / "last.pt").read_bytes() == before
+
+
+def test_every_device_is_named(toy, tmp_path, whole_run, devices_named):
+    assert train(toy, tmp_path / "out") == 0
+    with torch.device("cpu"):
+        assert_same_run(tmp_path / "out", whole_run)
 
 
 def test_one_gpu_is_asked_for_by_number(toy, tmp_path, one_gpu):
