@@ -813,6 +813,11 @@ def test_vgg_checkpoint_and_predict(tmp_path, vgg):
 def test_on_a_gpu_nothing_is_made_on_the_cpu():
     """PyTorch's fake tensors have a shape and a device but no memory, so that a GPU need not be there: the losses of
     both trainings, a test, BoxSup's costs. What mixes devices raises. (Backward asks the driver: it is left out.)"""
+    try:
+        with FakeTensorMode():
+            torch.zeros(2, device="cuda")[:1].sub_(1)
+    except RuntimeError:                                # PyTorch 2.6, for one
+        pytest.skip("this PyTorch's fake tensors ask for the driver of a GPU")
     with FakeTensorMode(shape_env=ShapeEnv()):          # the second: sizes that depend on data stay unknown
         with torch.device("cuda"):
             network, vgg = Box2SegNet(4, "resnet18", width=8), DeepLabVGG16(4)
