@@ -2,59 +2,127 @@
 
     python tests/ablation.py --data toy/VOCdevkit                                     # Box2Seg, Table 3, 3 seeds
     python tests/ablation.py --data toy/VOCdevkit --paper boxsup                      # BoxSup, Tables 1 to 3
+    python tests/ablation.py --data animals/VOCdevkit --split half --recipe photos --budget 5 --stage-1 1
+                                                      # photographs: 5 epochs for each row, one of them stage 1's
     python tests/ablation.py --data toy/VOCdevkit --rows grabcut box2seg --seeds 0 1 2 3 4
-    python tests/ablation.py --data toy/VOCdevkit -- --epochs 30 --lr 0.01            # flags after -- go to every run
+    python tests/ablation.py --data toy/VOCdevkit -- --lr 0.01                        # flags after -- go to every run
 
 Each row is one command, such as `train_box2seg.py --loss ROW --seed SEED`, whose folder is OUT/ROW-SEED, and whose
 output goes to OUT/ROW-SEED.log. The score is that of the last epoch, not of the best one: choosing the best epoch on
-the pictures that are reported would flatter every row. A second call runs only what is missing, and goes on with what
+the images that are reported would flatter every row. A second call runs only what is missing, and goes on with what
 was interrupted. Without a GPU as many runs go on side by side as there are cores, one core each, which does more than
-one run on all of them.
+one run on all of them. --record FILE keeps every finished run as a line of JSON, and takes what is there for done.
 """
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_boxsup import find_voc, training_list
+from train_boxsup import find_voc, read_boxes, read_label, training_list, write_label
+from grabcut_labels import VOC_CLASSES, class_names
 
-# row: (flags, mIoU in the paper on VOC 2012 val)
+# row: (flags, mIoU in the paper on VOC 2012 val). Flags name OUT, the folder of all runs, and SEED, and MISSING, the
+# data with a tenth of the objects missing from its masks.
 TABLES = {
-    "box2seg": {  # Tables 3 and 4
+    "box2seg": {  # Table 3, and Song et al.'s filling rates
         "box": (["--loss", "box"], 59.3), "grabcut": (["--loss", "grabcut"], 72.7),
         "affinity": (["--loss", "affinity"], 73.9), "aw-box": (["--loss", "aw-box"], 74.1),
         "aw-fr": (["--loss", "aw-fr"], 74.6), "box2seg": (["--loss", "box2seg"], 74.9),
+        "filling-rate": (["--loss", "filling-rate"], "-"),
+        # Table 4: true masks, and masks of which a tenth of the objects is missing, as in Fig. 7
         "mask": (["--loss", "mask"], 73.6), "mask-aw": (["--loss", "mask-aw"], 75.1),
-        "filling-rate": (["--loss", "filling-rate"], "-")},
+        "mask-missing": (["--loss", "mask", "--data", "MISSING"], "-"),
+        "mask-aw-missing": (["--loss", "mask-aw", "--data", "MISSING"], "-")},
     "boxsup": {  # Tables 2, 3 and 1
         "rectangles": (["--labels", "rectangles"], 52.3), "grabcut": (["--labels", "grabcut"], 55.2),
         "no-sampling": (["--top-k", "1"], 59.7), "boxsup": ([], 62.0), "ss": (["--method", "ss"], 59.5),
         "gop": (["--method", "gop"], 60.4), "semi": (["--masks-list", "OUT/masks.txt"], 63.5),
         "masks": (["--labels", "masks"], 63.8)}}
+# Table 5: Box2Seg's network, or ImageNet's, fine-tuned with a share of the masks. Every row takes as many steps as
+# `tune` epochs of all images; the rows that start from ImageNet also those that Box2Seg had before.
+for share, paper in (("0.05", 78.7), ("0.1", 83.1), ("1", 86.4)):
+    TABLES["box2seg"][f"tuned-{share}"] = (["--loss", "mask", "--init", "OUT/box2seg-SEED/last.pt", "--masks", share],
+                                           paper)
+    TABLES["box2seg"][f"imagenet-{share}"] = (["--loss", "mask", "--masks", share], "-")
 DEFAULT = {"box2seg": ["box", "grabcut", "affinity", "aw-box", "aw-fr", "box2seg", "mask"],
            "boxsup": list(TABLES["boxsup"])}
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def read_scores(folder):
-    """A finished run's folder -> {"miou": of the last epoch, "masks": those of BoxSup's first and last labels}."""
+def budget_flags(args, row, flags):
+    """--budget: the epochs of a row's stages, stage 1 included, so that every row sees as many images."""
+    if not args.budget:
+        return []
+    if args.paper == "boxsup":
+        return ["--epochs", args.budget]
+    if row.startswith(("tuned", "imagenet")):
+        epochs = args.tune + (args.budget if row.startswith("imagenet") else 0)
+        return ["--epochs", round(epochs / float(flags[flags.index("--masks") + 1]))]
+    first = args.stage_1 if row in ("affinity", "box2seg") else 0
+    return ["--pretrain-epochs", first, "--epochs", args.budget - first]
+
+
+def read_run(folder):
+    """A finished run's folder -> mIoU of the last epoch, of BoxSup's first and last masks, and what it was run with."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     masks = [record["mask_miou"] for record in records if "mask_miou" in record]
-    return {"miou": [record["miou"] for record in records if "miou" in record][-1], "masks": masks[:1] + masks[-1:]}
+    attention = [record["eta'"] for record in records if "eta'" in record]
+    return {"miou": [record["miou"] for record in records if "miou" in record][-1], "masks": masks[:1] + masks[-1:],
+            "attention": attention[-1:], "git": records[0]["git"], "torch": records[0]["versions"]["torch"],
+            "device": records[0]["device"], "date": time.strftime("%Y-%m-%d")}
+
+
+def without_some_objects(data, split, out, share=0.1):
+    """Fig. 7: data whose training masks miss a tenth of the objects, a fixed random choice: what is labelled with the
+    object's class inside its box, and in no other box of the class, becomes background. Validation masks stay whole."""
+    voc, made, rng = find_voc(data), out / "missing" / "VOC2012", np.random.default_rng(0)
+    if (out / "missing" / "done").exists():
+        return
+    names = class_names(voc)
+    (made / "SegmentationClass").mkdir(parents=True, exist_ok=True)
+    for folder in ("JPEGImages", "Annotations", "ImageSets"):
+        if not (made / folder).exists():
+            (made / folder).symlink_to((voc / folder).resolve())
+    if names != VOC_CLASSES:
+        shutil.copy(voc / "class_names.txt", made)
+    for path in sorted((voc / "SegmentationClass").glob("*.png")):
+        shutil.copyfile(path, made / "SegmentationClass" / path.name)
+    removed = total = 0
+    for image_id in training_list(voc, split)[0]:
+        labels = read_label(made / "SegmentationClass" / f"{image_id}.png")
+        boxes, classes = read_boxes(voc / "Annotations" / f"{image_id}.xml", names, labels.shape)
+        for k in np.flatnonzero(rng.random(len(boxes)) < share):
+            gone = np.zeros(labels.shape, bool)
+            for j in [k, *(j for j in range(len(boxes)) if j != k and classes[j] == classes[k])]:
+                x0, y0, x1, y1 = boxes[j]
+                gone[y0:y1, x0:x1] = j == k
+            labels[gone & (labels == classes[k])] = 0
+            removed += 1
+        total += len(boxes)
+        write_label(made / "SegmentationClass" / f"{image_id}.png", labels)
+    (out / "missing" / "done").write_text(f"{removed} of {total} objects removed\n")
+    print(f"{removed} of {total} objects removed from the masks of {out / 'missing'}")
 
 
 def prepare(args, out):
     """Labels and candidates that several runs would otherwise make at the same time."""
     flags = ["--data", args.data] + (["--split", args.split] if args.split else [])
-    made = [["grabcut_labels.py", *flags]] if args.paper == "box2seg" or "grabcut" in args.rows else []
-    if args.paper == "boxsup":
+    box2seg = args.paper == "box2seg"
+    labelled = {"box", "grabcut", "affinity", "aw-box", "aw-fr", "box2seg", "filling-rate", "mask-aw"} & set(args.rows)
+    made = [["grabcut_labels.py", *flags]] if box2seg and labelled or "grabcut" in args.rows else []
+    if any("missing" in row for row in args.rows):
+        without_some_objects(args.data, args.split, out)
+        made += [["grabcut_labels.py", "--data", str(out / "missing"), *flags[2:]]] * ("mask-aw-missing" in args.rows)
+    if not box2seg:
         method_of = {"boxsup": "mcg", "no-sampling": "mcg", "semi": "mcg", "ss": "ss", "gop": "gop"}
         methods = {method_of[row] for row in args.rows if row in method_of}
         made += [["mcg_candidates.py", *flags, "--method", method] for method in sorted(methods)]
@@ -75,6 +143,12 @@ def main():
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", help="default runs/ablation-PAPER")
     parser.add_argument("--recipe", default="small", help="default %(default)s")
+    parser.add_argument("--budget", type=int, metavar="EPOCHS", help="of every row, stage 1 included (default: the "
+                        "recipe's epochs, and stage 1's on top)")
+    parser.add_argument("--stage-1", type=int, default=1, metavar="EPOCHS", help="of them (default %(default)s)")
+    parser.add_argument("--tune", type=int, default=2, metavar="EPOCHS", help="Table 5: fine-tuning lasts as many steps "
+                        "as so many epochs of all images (default %(default)s)")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="keeps the finished runs, a line of JSON each")
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), metavar="N",
                         help="runs side by side (default here: %(default)s)")
     parser.add_argument("rest", nargs="*", help="after --: flags of the training script")
@@ -85,14 +159,21 @@ def main():
         parser.error(f"--rows {' '.join(sorted(unknown))}: known are {' '.join(table)}")
     out = Path(args.out or f"runs/ablation-{args.paper}")
     out.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps({"paper": args.paper, "data": args.data, "recipe": args.recipe, "split": args.split,
-                           "flags": args.rest})
-    if (out / "settings.json").exists() and (out / "settings.json").read_text() != settings:
-        sys.exit(f"{out} holds runs with other settings ({(out / 'settings.json').read_text()}): name another --out")
-    (out / "settings.json").write_text(settings)
+    settings = {"paper": args.paper, "data": args.data, "recipe": args.recipe, "split": args.split,
+                "budget": args.budget, "stage_1": args.stage_1, "tune": args.tune, "flags": args.rest}
+    if (out / "settings.json").exists() and (was := json.loads((out / "settings.json").read_text())) != settings:
+        sys.exit(f"{out} holds runs with other settings ({was}): name another --out")
+    (out / "settings.json").write_text(json.dumps(settings))
+    if args.record and args.record.exists():
+        for line in args.record.read_text().splitlines():
+            run = json.loads(line)
+            if {key: run["settings"].get(key) for key in settings if key != "data"} == {
+                    key: value for key, value in settings.items() if key != "data"}:
+                (out / f"{run['row']}-{run['seed']}").mkdir(exist_ok=True)
+                (out / f"{run['row']}-{run['seed']}" / "done.json").write_text(json.dumps(run))
     prepare(args, out)
 
-    waiting = []  # (folder, command), seed by seed: a table of all rows stands early
+    waiting = []  # (row, seed, command), seed by seed: a table of all rows stands early
     for seed in args.seeds:
         for row in args.rows:
             folder = out / f"{row}-{seed}"
@@ -100,49 +181,61 @@ def main():
             if (folder / "last.pt").exists():
                 command += ["--resume"]
             else:
+                flags = [flag.replace("OUT", str(out)).replace("SEED", str(seed)).replace("MISSING", f"{out}/missing")
+                         for flag in table[row][0]]
                 command += ["--data", args.data, "--recipe", args.recipe, "--seed", seed,
                             "--val-every", 1000,  # the last epoch alone
-                            *(["--split", args.split] if args.split else []),
-                            *(flag.replace("OUT", str(out)) for flag in table[row][0]),
-                            *(["--workers", 0] if args.jobs > 1 else []), *args.rest]
+                            *(["--split", args.split] if args.split else []), *flags,
+                            *budget_flags(args, row, flags), *(["--workers", 0] if args.jobs > 1 else []), *args.rest]
             if not (folder / "done.json").exists():
-                waiting.append((folder, list(map(str, command))))
+                waiting.append((row, seed, list(map(str, command))))
 
-    running, failed = {}, []  # process: its folder
+    def ready(job):  # Table 5 starts from runs that have to be over
+        start = job[2][job[2].index("--init") + 1] if "--init" in job[2] else None
+        return start is None or (Path(start).parent / "done.json").exists()
+
+    running, failed = {}, []  # process: its job
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})
     try:
         while waiting or running:
-            while waiting and len(running) < args.jobs:
-                folder, command = waiting.pop(0)
-                print("$", *command, flush=True)
-                with open(f"{folder}.log", "a") as log:
-                    running[subprocess.Popen(command, env=environment, stdout=log, stderr=log)] = folder
+            while len(running) < args.jobs and (job := next(filter(ready, waiting), None)):
+                waiting.remove(job)
+                print("$", *job[2], flush=True)
+                with open(f"{out / job[0]}-{job[1]}.log", "a") as log:
+                    running[subprocess.Popen(job[2], env=environment, stdout=log, stderr=log)] = *job, time.time()
+            if not running:
+                sys.exit(f"{len(waiting)} runs wait for others that failed")
             time.sleep(0.5)
             for process in [process for process in running if process.poll() is not None]:
-                folder = running.pop(process)
+                row, seed, command, started = running.pop(process)
+                folder = out / f"{row}-{seed}"
                 if process.returncode:
                     failed.append(folder)
                     print(f"{folder}: failed, see {folder}.log", file=sys.stderr, flush=True)
                     continue
-                scores = read_scores(folder)
-                (folder / "done.json").write_text(json.dumps(scores))
-                print(f"{folder}: {100 * scores['miou']:.1f} mIoU", flush=True)
+                run = {"row": row, "seed": seed, **read_run(folder), "minutes": round((time.time() - started) / 60, 1),
+                       "settings": settings}
+                (folder / "done.json").write_text(json.dumps(run))
+                if args.record:
+                    with open(args.record, "a") as file:
+                        file.write(json.dumps(run) + "\n")
+                print(f"{folder}: {100 * run['miou']:.1f} mIoU", flush=True)
     except KeyboardInterrupt:  # the runs have heard it too: they save and leave
         for process in running:
             process.wait()
         sys.exit("interrupted; the same command goes on")
     if failed:
-        sys.exit(f"{len(failed)} runs failed; mended, the same command goes on")
+        sys.exit(f"{len(failed)} runs failed; fixed, the same command goes on")
 
     scores = {row: [json.loads((out / f"{row}-{seed}" / "done.json").read_text()) for seed in args.seeds]
               for row in args.rows}
-    print(f"\nmIoU (%) on the validation pictures, last epoch, seeds {' '.join(map(str, args.seeds))}\n")
-    print(f"{'row':14}{'mean':>7}{'+- std':>8}{'min':>7}{'max':>7}{'paper, VOC':>13}   over grabcut, seed by seed")
+    print(f"\nmIoU (%) on the validation images, last epoch, seeds {' '.join(map(str, args.seeds))}\n")
+    print(f"{'row':16}{'mean':>7}{'+- std':>8}{'min':>7}{'max':>7}{'paper, VOC':>13}   over grabcut, seed by seed")
     for row in args.rows:
         values = [100 * score["miou"] for score in scores[row]]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         over = [100 * (a["miou"] - b["miou"]) for a, b in zip(scores[row], scores.get("grabcut", []))]
-        line = (f"{row:14}{statistics.mean(values):7.1f}{spread:8.1f}{min(values):7.1f}{max(values):7.1f}"
+        line = (f"{row:16}{statistics.mean(values):7.1f}{spread:8.1f}{min(values):7.1f}{max(values):7.1f}"
                 f"{table[row][1]:>13}   " + " ".join(f"{gain:+.1f}" for gain in over))
         if scores[row][0]["masks"]:
             first, last = ([100 * score["masks"][end] for score in scores[row]] for end in (0, -1))
