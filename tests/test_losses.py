@@ -1109,6 +1109,40 @@ def test_attention_margin_is_soft():
     assert rates[0] < 1e-6 and abs(rates[1] - 0.7 * 2 / 3) < 0.005
 
 
+@pytest.mark.parametrize("regularizer", ["fr", "box"])
+@pytest.mark.parametrize("lambda_aw, lambda_alpha, rate, lives", [
+    (10, 1, 0.002, False), (10, 1, 0.02, False), (1, 0.1, 0.2, False), (10, 50, 0.02, True), (1, 5, 0.2, True)])
+def test_which_weights_hold_attention(lambda_aw, lambda_alpha, rate, lives, regularizer):
+    """Trained from the start, y and alpha linear in fixed features that tell the classes apart. With the printed
+    weights, at any rate, attention dies before y knows its classes, and does not come back when it does; with
+    lambda_alpha = 5 lambda_AW it lives, and y finds what the masks miss (a fifth of each object here)."""
+    generator = seeded(0)
+    row, column = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
+    boxes, truth = torch.zeros(2, 6, 16, 16, dtype=torch.long)
+    for n in range(6):
+        boxes[n, 3:13, 3:13] = n % 3 + 1
+        truth[n][(row - 7.5) ** 2 + (column - 7.5) ** 2 < 4.5 ** 2] = n % 3 + 1
+    masks = truth.clone()
+    masks[:, :, 5:7] = 0
+    features = F.one_hot(truth, 4).permute(0, 3, 1, 2) + 0.3 * torch.randn(6, 4, 16, 16, generator=generator)
+    heads = [torch.zeros(channels, 5).normal_(std=0.01, generator=generator).requires_grad_() for channels in (4, 3)]
+    optimizer = torch.optim.SGD(heads, lr=rate, momentum=0.9)
+    features = F.pad(features, (0, 0, 0, 0, 0, 1), value=1.0)                  # a fifth one for the biases
+    for _ in range(200):
+        logits, attention = (torch.einsum("cd,ndhw->nchw", head, features) for head in heads)
+        loss, terms = losses.box2seg_loss(logits, attention.sigmoid(), None, boxes, masks, lambda_aw=lambda_aw,
+                                          lambda_alpha=lambda_alpha, lambda_a=0, regularizer=regularizer)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    filled = losses.attention_fill_rate(attention.sigmoid(), boxes).sum(1).mean()
+    quality = losses.iou(losses.confusion_matrix(logits.argmax(1), truth, 4)).nanmean()
+    if regularizer == "fr":
+        greatest = 0.7 * losses.fill_rate(masks, boxes, 4).sum(1).mean()       # of L_alpha
+        assert (terms["L_alpha"] > 0.9 * greatest) == (not lives)
+    assert filled > 0.3 and quality > 0.85 if lives else filled < 0.05 and quality < 0.75
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 7. BoxSup's costs against a dense evaluation: every mask painted, every pixel looked at, in float64
 # ---------------------------------------------------------------------------------------------------------------------

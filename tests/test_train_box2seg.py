@@ -114,6 +114,39 @@ def test_colour_changes_the_picture_and_not_the_labels():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Recipes and attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+def test_a_run_whose_attention_is_dead_says_so(toy, tmp_path, capsys):
+    assert train(toy, tmp_path / "dead", "--loss", "aw-fr", "--lambda-aw", 10, "--lambda-alpha", 1, "--lr", 0.5,
+                 "--epochs", 3) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert "attention is dead" in printed[-2] and "--lambda-alpha at least 5 times --lambda-aw" in printed[-2]
+    assert log_of(tmp_path / "dead")[-2]["eta'"] < 0.05
+    assert train(toy, tmp_path / "alive", "--loss", "aw-fr", "--epochs", 3) == 0
+    assert "attention is dead" not in capsys.readouterr().out and log_of(tmp_path / "alive")[-2]["eta'"] > 0.2
+
+
+def test_recipes_hold_attention_but_for_the_printed_weights():
+    weights = {name: (recipe["lambda_aw"], recipe["lambda_alpha"], recipe["lambda_a"])
+               for name, recipe in train_box2seg.RECIPES.items()}
+    assert weights.pop("printed") == (10, 1, 1)  # Sect. 4.1
+    assert all(alpha >= 5 * aw and a == 1 for aw, alpha, a in weights.values())
+
+
+def test_encoder_rate_and_batch_norm_at_rest(toy, tmp_path):
+    """--encoder-lr 0 leaves the encoder's weights as they came, --freeze-bn its statistics too."""
+    train(toy, tmp_path / "start", "--loss", "grabcut", "--epochs", 1, "--lr", 0)
+    train(toy, tmp_path / "run", "--loss", "grabcut", "--epochs", 1, "--encoder-lr", 0, "--freeze-bn")
+    start, run = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("start", "run"))
+    encoder = {key for key in run["model"] if key.startswith("encoder.")}
+    parameters = {key for key in encoder if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    assert parameters and all(torch.equal(run["model"][key], start["model"][key]) for key in parameters)
+    assert not torch.equal(run["model"]["fuse.0.weight"], start["model"]["fuse.0.weight"])
+    assert all((run["model"][key] == (1 if key.endswith("var") else 0)).all() for key in encoder - parameters)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The order of training
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -133,7 +166,11 @@ def test_the_paper_recipe_is_the_paper():
     args, _ = train_box2seg.parse_arguments([])
     assert (args.backbone, args.pretrained, args.epochs, args.lr) == ("resnet101", True, 40, 1e-4)
     assert (args.momentum, args.weight_decay, args.power) == (0.9, 5e-4, 0.9)
-    assert (args.lambda_aw, args.lambda_alpha, args.lambda_a, args.gamma, args.pair_fraction) == (10, 1, 1, 0.7, 0.1)
+    assert (args.gamma, args.pair_fraction) == (0.7, 0.1)
+    printed, _ = train_box2seg.parse_arguments(["--recipe", "printed"])
+    assert (printed.lambda_aw, printed.lambda_alpha, printed.lambda_a) == (10, 1, 1)
+    assert {key for key, value in vars(printed).items() if value != vars(args)[key]} == {
+        "recipe", "lambda_aw", "lambda_alpha"}
     small, given = train_box2seg.parse_arguments(["--recipe", "small", "--lr", "0.5"])
     assert small.lr == 0.5 and small.backbone == "resnet18" and given == {"recipe": "small", "lr": 0.5}
 
