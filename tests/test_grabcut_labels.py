@@ -16,8 +16,8 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grabcut_labels
-from grabcut_labels import (LITTLE, NOTHING, WHOLE, BadInput, box_mask, class_fill_rates, fill_rates, find_voc, grabcut,
-                            grabcut_mask, make_labels, read_boxes, read_label, read_list)
+from grabcut_labels import (COVERS_IMAGE, EMPTY, STAYS_WHOLE, TOO_SMALL, BadInput, box_mask, class_fill_rates,
+                            fill_rates, find_voc, grabcut, grabcut_mask, make_labels, read_boxes, read_label, read_list)
 from toy_voc import CLASS_NAMES, make_toy_voc
 
 SCRIPT = Path(grabcut_labels.__file__)
@@ -165,15 +165,66 @@ def whole_box(shape, box):
     return mask
 
 
-def test_why_a_box_stays_whole():
+def among_its_like():
+    """A disc between two fields of its own grey, which the background model learns: -> picture, truth, box."""
+    picture, truth, box = disc()
+    grey = picture[truth][np.random.default_rng(1).integers(0, truth.sum(), picture.shape[:2])]
+    for columns in (np.s_[:, :box[0] - 1], np.s_[:, box[2] + 1:]):
+        picture[columns] = grey[columns]
+    return picture, truth, box
+
+
+def test_the_second_attempt_finds_what_the_first_loses():
+    """The first is empty; the ellipse in the middle of the box knows the disc's grey. The whole box would have 0.79."""
+    picture, truth, box = among_its_like()
+    mask, why = grabcut(picture, box)
+    assert why == EMPTY and (mask & truth).sum() / (mask | truth).sum() > 0.95
+    assert not (mask & ~whole_box(picture.shape, box)).any()
+    mask, fallbacks = grabcut_mask(picture, [box], [2])
+    assert fallbacks == [EMPTY] and (mask[truth] == 2).mean() > 0.95
+
+
+@pytest.mark.parametrize("scale", [1, 5])  # the second is scaled down, and cut again at full size
+def test_a_box_that_covers_the_image_is_cut(scale):
+    """No pixel is sure background: the corners outside the ellipse that touches the image's sides may be."""
+    height, width = 80 * scale, 100 * scale
+    picture, truth, _ = disc((height, width), (width // 2, height // 2), 36 * scale)
+    mask, why = grabcut(picture, (0, 0, width, height))
+    assert why == COVERS_IMAGE and (mask & truth).sum() / (mask | truth).sum() > 0.95
+
+
+def test_the_ellipse_has_seven_tenths_of_the_box(monkeypatch):
+    """A second attempt starts from 0.7^2 pi / 4 = 0.385 of the box as sure foreground, symmetric, its middle inside."""
+    starts = []
+
+    def cut(image, state, *_):
+        starts.append(state.copy())
+        state[:] = cv2.GC_BGD
+
+    monkeypatch.setattr(cv2, "grabCut", cut)
+    mask, why = grabcut(np.zeros((200, 200, 3), np.uint8), (40, 60, 160, 140))
+    box = starts[1][8:88, 12:132]                                            # a margin of a tenth around it
+    assert why == STAYS_WHOLE and mask.sum() == 120 * 80 and len(starts) == 2
+    assert (starts[0] == cv2.GC_FGD).sum() == 0 and (starts[1] == cv2.GC_FGD).sum() == (box == cv2.GC_FGD).sum()
+    sure = box == cv2.GC_FGD
+    assert sure.mean() == pytest.approx(0.49 * np.pi / 4, abs=0.005) and sure[40, 60]
+    assert np.array_equal(sure, sure[::-1, ::-1]) and sure.any(0).sum() == 84 and sure.any(1).sum() == 56
+    assert (box[~sure] == cv2.GC_PR_FGD).all()                               # the rest starts as in the first attempt
+
+
+def test_why_a_box_needs_more_than_one_attempt():
     picture, _, box = disc()
     uniform = np.full_like(picture, 90)
-    cases = [(picture, (0, 0, 100, 80), {}, WHOLE),               # no background anywhere
-             (uniform, (10, 10, 60, 60), {}, NOTHING),            # all alike
-             (picture, box, {"min_fill": 0.99}, LITTLE)]          # a disc fills 0.79 of its box
+    cases = [(picture, (0, 0, 100, 80), {}, COVERS_IMAGE),           # no background anywhere
+             (uniform, (10, 10, 60, 60), {}, EMPTY),                 # all alike
+             (among_its_like()[0], box, {}, EMPTY),
+             (picture, box, {"min_fill": 0.99}, STAYS_WHOLE),        # a disc fills 0.79 of its box
+             (picture[:2, :2], (0, 0, 2, 2), {}, STAYS_WHOLE)]       # covers an image that has no corners
     for image, corners, options, reason in cases:
         mask, why = grabcut(image, corners, **options)
-        assert why == reason and np.array_equal(mask, whole_box(image.shape, corners))
+        inside = whole_box(image.shape, corners)
+        assert why == reason and mask.any() and not (mask & ~inside).any()
+        assert why != STAYS_WHOLE or np.array_equal(mask, inside)
 
 
 def test_odd_boxes_never_fail():
@@ -187,13 +238,17 @@ def test_odd_boxes_never_fail():
             mask, why = grabcut(image, box)
             inside = whole_box(image.shape, box)
             assert mask.any() and not (mask & ~inside).any()
-            assert np.array_equal(mask, inside) if why else mask.sum() >= 0.15 * inside.sum()
+            assert np.array_equal(mask, inside) if why == STAYS_WHOLE else mask.sum() >= 0.15 * inside.sum()
 
 
 @pytest.mark.parametrize("fills, wanted, reason", [((60, 40, 5), 40, None), ((60, 14, 50), 60, None),
-                                                   ((14, 50, 50), 100, LITTLE), ((0, 50, 50), 100, NOTHING)])
+                                                   ((14, 50, 50), 50, TOO_SMALL), ((0, 50, 14), 50, EMPTY),
+                                                   ((14, 14), 100, STAYS_WHOLE)])
 def test_an_iteration_that_loses_the_object_is_taken_back(monkeypatch, fills, wanted, reason):
-    """A 10x10 box whose iterations leave so many of its 100 pixels; the last mask before less than 15 counts."""
+    """A 10x10 box whose iterations leave so many of its 100 pixels; the last mask before less than 15 counts.
+
+    A first iteration that leaves less is followed by the second attempt, whose own first iteration may fail, too.
+    """
     calls = iter(fills)
 
     def cut(image, state, *_):
@@ -238,7 +293,7 @@ def test_the_neighbours_of_a_flock_are_no_background():
     assert fallbacks == [None, None, None]
     assert ((together == 1) & band).sum() / ((together == 1) | band).sum() > 0.98
     apart, fallbacks = grabcut_mask(picture, boxes, [1, 2, 3])
-    assert NOTHING in fallbacks and ((apart > 0) ^ band).sum() > 5 * ((together > 0) ^ band).sum()
+    assert EMPTY in fallbacks and ((apart > 0) ^ band).sum() > 5 * ((together > 0) ^ band).sum()
     alone, again = grabcut_mask(picture, boxes, [1, 1, 1], share=False)
     assert np.array_equal(alone > 0, apart > 0) and again == fallbacks
 
@@ -254,6 +309,12 @@ def test_plain_opencv_is_among_the_options():
     cv2.grabCut(picture[window], state, None, np.zeros((1, 65)), np.zeros((1, 65)), 5, cv2.GC_INIT_WITH_MASK)
     plain, why = grabcut(picture, (x0, y0, x1, y1), colours="rgb", working_size=10_000)
     assert why is None and np.array_equal(plain[window], state & 1 == 1)
+    state = np.zeros(picture.shape[:2], np.uint8)
+    cv2.setRNGSeed(0)
+    cv2.grabCut(picture, state, (x0, y0, x1 - x0, y1 - y0), np.zeros((1, 65)), np.zeros((1, 65)), 5,
+                cv2.GC_INIT_WITH_RECT)
+    whole_image, _ = grabcut(picture, (x0, y0, x1, y1), colours="rgb", working_size=10_000, margin=99, min_fill=0)
+    assert np.array_equal(whole_image, state & 1 == 1)
     faint = 128 + 0.3 * (picture - 128.0) + np.random.default_rng(1).normal(0, 10, picture.shape)
     lab, rgb = (grabcut(faint.clip(0, 255).astype(np.uint8), (x0, y0, x1, y1), colours=colours)[0]
                 for colours in ("lab", "rgb"))
@@ -370,7 +431,8 @@ def test_shards_part_the_list(drawn, tmp_path):
 
 
 def test_fallbacks_are_counted(tmp_path):
-    """Three pictures: all alike, a box over all of it, a disc; the disc counts too once the floor is above 0.79."""
+    """Three images: all alike, a box over all of it, a disc. With a floor of 0.95, above the disc's 0.79 and what the
+    ellipse leaves of the first, these two stay whole; the box over all of its image comes out nearly whole."""
     voc = tmp_path / "VOC2012"
     for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
         (voc / folder).mkdir(parents=True)
@@ -383,10 +445,10 @@ def test_fallbacks_are_counted(tmp_path):
         (voc / "Annotations" / f"{name}.xml").write_text(f"<annotation>{thing('dog', *corners)}</annotation>")
     (voc / "ImageSets/Segmentation/train.txt").write_text("\n".join(pictures))
     summary = make_labels(voc, list(pictures), workers=2)
-    assert summary["boxes"] == 3 and summary["fallbacks"] == {NOTHING: 1, WHOLE: 1} and summary["made"] == 3
+    assert summary["boxes"] == 3 and summary["fallbacks"] == {EMPTY: 1, COVERS_IMAGE: 1} and summary["made"] == 3
     status, out, _ = command_line("--data", tmp_path, "--out", tmp_path / "other", "--min-fill", 0.95)
     assert status == 0
-    assert f"3 boxes, 3 stayed whole (100.0 %): {NOTHING}: 1, {LITTLE}: 1, {WHOLE}: 1" in out
+    assert f"3 boxes, 3 not at the first attempt (100.0 %): {COVERS_IMAGE}: 1, {STAYS_WHOLE}: 2" in out
     both = [read_label(tmp_path / "other" / kind / "disc.png") for kind in ("BoxMasks", "GrabCutMasks")]
     assert np.array_equal(*both) and both[0].any()
 
@@ -600,7 +662,8 @@ def test_one_mask_is_shown(tmp_path):
     assert shown.shape[2] == 3 and shown.shape[1] > 2 * picture.shape[1]
     elsewhere = ("--out", tmp_path / "new")
     status, out, _ = command_line("--image", tmp_path / "disc.png", "--box", -5, -5, 200, 200, *elsewhere)
-    assert status == 0 and f"the box stays whole: {WHOLE}" in out and (tmp_path / "new/disc_grabcut.png").exists()
+    assert status == 0 and f"not at the first attempt: {COVERS_IMAGE}" in out
+    assert (tmp_path / "new/disc_grabcut.png").exists()
 
 
 def test_help_teaches():
