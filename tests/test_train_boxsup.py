@@ -16,7 +16,7 @@ from toy_voc import make_toy_voc
 import losses
 import mcg_candidates
 import train_boxsup
-from model import load_network
+from model import load_network, normalize
 from train_boxsup import choose, paint, read_label, read_list
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_boxsup.py"
@@ -143,7 +143,7 @@ class Oracle(torch.nn.Module):
         for i in ids:
             labels = torch.from_numpy(read_label(voc / "SegmentationClass" / f"{i}.png").astype(np.int64))
             image = torch.from_numpy(train_boxsup.read_image(voc / "JPEGImages" / f"{i}.jpg"))
-            self.truth[round(train_boxsup.normalize(image[None]).double().sum().item(), 3)] = labels
+            self.truth[round(normalize(image[None]).double().sum().item(), 3)] = labels
 
     def forward(self, x):
         labels = self.truth[round(x.double().sum().item(), 3)]
@@ -160,16 +160,15 @@ def update(toy, out, network, **options):
     images, updated, _, _ = train_boxsup.training_images(voc, names, args, out)
     (out / "masks").mkdir(parents=True, exist_ok=True)
     choices, sums, confusion = train_boxsup.update_labels(
-        network, images, range(updated), None, 0, args, torch.autocast("cpu", enabled=False), len(names),
-        train_boxsup.tqdm(disable=True), [])
+        network, images, range(updated), {}, 0, args, torch.autocast("cpu", enabled=False), len(names), [])
     return choices, sums, losses.iou(confusion).nanmean().item(), images
 
 
 def test_before_the_first_epoch_the_tight_box_decides(toy, tmp_path):
     choices, sums, _, images = update(toy, tmp_path, None, top_k=1)
     boxes = 0
-    for index in choices.indices:
-        choice, c = choices[index], mcg_candidates.read_candidates(images.files(index)[2])
+    for index, choice in choices.items():
+        c = mcg_candidates.read_candidates(images.files(index)[2])
         for k, n in enumerate(choice):
             ious = mcg_candidates.box_iou(c["boxes"][k], c["candidate_boxes"])
             assert ious[n] == ious.max()
@@ -187,7 +186,7 @@ def test_a_network_that_knows_more_finds_better_masks(toy, tmp_path):
     _, _, by_box, _ = update(toy, tmp_path / "a", None, top_k=1)
     _, _, by_both, _ = update(toy, tmp_path / "b", oracle, top_k=1)
     _, _, by_one_of_5, _ = update(toy, tmp_path / "c", oracle, top_k=5)
-    _, _, weight_0, _ = update(toy, tmp_path / "d", oracle, top_k=1, weight=0.0)
+    _, _, weight_0, _ = update(toy, tmp_path / "d", oracle, top_k=1, lambda_r=0.0)
     assert by_both > by_box + 0.05 and by_both > by_one_of_5 + 0.05 and weight_0 == pytest.approx(by_box)
     assert by_both > 0.7  # what cells of 2x2 pixels can draw
 
@@ -205,13 +204,13 @@ def test_workers_and_shares_change_nothing(toy, tmp_path):
 def test_the_paper_recipe_is_the_paper():
     args, _ = train_boxsup.parse_arguments([])
     assert (args.backbone, args.pretrained, args.large_fov, args.method) == ("vgg16", True, False, "mcg")
-    assert (args.epochs, args.batch_size, args.lr, args.lr_drop, args.top_k, args.weight) == (45, 20, 1e-3, 15, 5, 3)
+    assert (args.epochs, args.batch_size, args.lr, args.lr_drop, args.top_k, args.lambda_r) == (45, 20, 1e-3, 15, 5, 3)
     assert args.warm_up == 1
     assert (args.crop, args.momentum, args.weight_decay, args.head_lr) == (321, 0.9, 5e-4, 10)
     assert args.show_epochs == [1, 5, 20]
 
 
-@pytest.mark.parametrize("labels", train_boxsup.LABELS)
+@pytest.mark.parametrize("labels", train_boxsup.SUPERVISION)
 def test_every_row_trains_on_its_own_labels(toy, tmp_path, labels, monkeypatch, capsys):
     voc, seen = toy / "VOC2012", []
     ids = read_list(voc / "ImageSets" / "Segmentation" / "train.txt")
@@ -222,11 +221,11 @@ def test_every_row_trains_on_its_own_labels(toy, tmp_path, labels, monkeypatch, 
         flags = ["--grabcut", tmp_path]
     original = train_boxsup.read_label
     monkeypatch.setattr(train_boxsup, "read_label", lambda path, *rest: seen.append(path) or original(path, *rest))
-    assert train(toy, tmp_path / "out", "--labels", labels, *flags) == 0
+    assert train(toy, tmp_path / "out", "--supervision", labels, *flags) == 0
     folder = {"grabcut": tmp_path, "masks": voc / "SegmentationClass"}.get(labels, tmp_path / "out" / "masks")
     assert {path.stem for path in seen if path.parent == folder} >= set(ids)
     log = log_of(tmp_path / "out")
-    assert log[0]["args"]["labels"] == labels and log[0]["versions"]["torch"] == torch.__version__
+    assert log[0]["args"]["supervision"] == labels and log[0]["versions"]["torch"] == torch.__version__
     updates = [r for r in log if "labels_of_epoch" in r]
     assert [r["labels_of_epoch"] for r in updates] == ([1, 2] if labels == "candidates" else [])
     assert [r["epoch"] for r in log if "miou" in r] == [1, 2]
@@ -244,7 +243,7 @@ def test_every_row_trains_on_its_own_labels(toy, tmp_path, labels, monkeypatch, 
 
 
 def test_training_learns(toy, tmp_path):
-    assert train(toy, tmp_path, "--labels", "masks", "--epochs", 15, "--val-every", 15, "--lr-drop", 15) == 0
+    assert train(toy, tmp_path, "--supervision", "masks", "--epochs", 15, "--val-every", 15, "--lr-drop", 15) == 0
     curve = [r["E_r"] for r in log_of(tmp_path) if "E_r" in r]
     assert np.mean(curve[-6:]) < 0.7 * np.mean(curve[:6])
 
@@ -262,7 +261,7 @@ def test_mixed_precision_follows_float32(toy, tmp_path, amp):
 
 
 def test_the_rate_falls_in_steps_and_the_last_layer_has_its_own(toy, tmp_path):
-    assert train(toy, tmp_path, "--labels", "masks", "--epochs", 3, "--lr-drop", 1, "--head-lr", 10) == 0
+    assert train(toy, tmp_path, "--supervision", "masks", "--epochs", 3, "--lr-drop", 1, "--head-lr", 10) == 0
     rates = {r["step"]: r["lr"] for r in log_of(tmp_path) if "E_r" in r}
     assert [rates[step] for step in (1, 3, 4, 6, 7, 9)] == pytest.approx([0.02, 0.02, 2e-3, 2e-3, 2e-4, 2e-4])
     checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
@@ -290,11 +289,11 @@ def test_scraps_are_reported(toy, tmp_path, monkeypatch, capsys):
     assert train(toy, tmp_path / "loose", "--epochs", 1, "--top-k", 50) == 0             # poor, but not its doing
     (loose,) = [r for r in log_of(tmp_path / "loose") if "labels_of_epoch" in r]
     assert loose["box_iou_alone"] < 0.9 * update["box_iou_alone"]
-    assert "--weight" not in capsys.readouterr().out
+    assert "--lambda-r" not in capsys.readouterr().out
     monkeypatch.setattr(losses, "candidate_cost", lambda *a, boxes, candidate_boxes, **k: -losses.overlap_cost(
         boxes, candidate_boxes))
     assert train(toy, tmp_path / "scraps", "--epochs", 2) == 0
-    assert "a longer --warm-up or a smaller --weight" in capsys.readouterr().out
+    assert "a longer --warm-up or a smaller --lambda-r" in capsys.readouterr().out
 
 
 def test_segments_and_crops_are_drawn_independently(toy, tmp_path, monkeypatch):
@@ -319,7 +318,7 @@ def test_semi_supervision_trains_on_truth_where_there_is_some(toy, tmp_path):
 
 def test_extra_boxes_join_in(toy, tmp_path, capsys):
     other = draw(tmp_path, 5, 1) / "VOC2012" / "Candidates-mcg"
-    assert train(toy, tmp_path / "out", "--labels", "masks", "--extra", other, "--top-k", 1) == 0
+    assert train(toy, tmp_path / "out", "--supervision", "masks", "--extra", other, "--top-k", 1) == 0
     assert "12 with masks" in (said := capsys.readouterr().out) and "0 with masks, 5 with boxes of other sets" in said
     assert not masks_of(tmp_path / "out") and len(list((tmp_path / "out" / "masks-1").glob("*.png"))) == 5
     assert len(torch.load(tmp_path / "out" / "last.pt", weights_only=True)["boxes_of"]) == 5
@@ -329,12 +328,12 @@ def test_extra_boxes_join_in(toy, tmp_path, capsys):
         train(toy, tmp_path / "again", "--extra", other)
     shutil.copytree(toy / "VOC2012" / "Candidates-mcg", own := tmp_path / "own")
     with pytest.raises(train_boxsup.BadInput, match="would train twice"):
-        train(toy, tmp_path / "again", "--labels", "masks", "--extra", toy / "VOC2012" / "Candidates-mcg")
+        train(toy, tmp_path / "again", "--supervision", "masks", "--extra", toy / "VOC2012" / "Candidates-mcg")
     for file in own.glob("*.npz"):
         file.unlink()
     with pytest.raises(train_boxsup.BadInput, match="own: holds no candidates"):
-        train(toy, tmp_path / "again", "--labels", "masks", "--extra", own)
-    with pytest.raises(train_boxsup.BadInput, match="nowhere"):
+        train(toy, tmp_path / "again", "--supervision", "masks", "--extra", own)
+    with pytest.raises(mcg_candidates.BadInput, match="nowhere"):
         train(toy, tmp_path / "again", "--extra", tmp_path / "nowhere")
 
 
@@ -504,7 +503,7 @@ def test_init_from_another_class_count_starts_the_last_layer_fresh(toy, tmp_path
     other = draw(tmp_path, 12, 1)
     names = (other / "VOC2012" / "class_names.txt").read_text().split()
     (other / "VOC2012" / "class_names.txt").write_text("\n".join(names + ["one", "more"]) + "\n")
-    assert train(other, tmp_path / "out", "--init", whole_run / "best.pt", "--labels", "masks", "--epochs", 1) == 0
+    assert train(other, tmp_path / "out", "--init", whole_run / "best.pt", "--supervision", "masks", "--epochs", 1) == 0
     said = capsys.readouterr().out
     assert "fresh: segmentation.3.weight, segmentation.3.bias\n" in said and "7 classes" in said
 
@@ -513,7 +512,7 @@ def test_init_from_other_classes_of_the_same_number_starts_the_last_layer_fresh(
     other = draw(tmp_path, 12, 1)
     names = (other / "VOC2012" / "class_names.txt").read_text().split()
     (other / "VOC2012" / "class_names.txt").write_text("\n".join([*names[:1], *names[:0:-1]]) + "\n")
-    assert train(other, tmp_path / "out", "--init", whole_run / "best.pt", "--labels", "masks", "--epochs", 1) == 0
+    assert train(other, tmp_path / "out", "--init", whole_run / "best.pt", "--supervision", "masks", "--epochs", 1) == 0
     assert "fresh: segmentation.3.weight, segmentation.3.bias\n" in capsys.readouterr().out
 
 
@@ -524,8 +523,8 @@ def test_after_init_the_network_has_a_say_at_once(toy, tmp_path, whole_run):
 
 
 def test_vgg_takes_a_step(toy, tmp_path):
-    assert train(toy, tmp_path, "--backbone", "vgg16", "--large-fov", "--labels", "masks", "--epochs", 1, "--lr", 1e-3,
-                 "--val-split", "none", "--batch-size", 12) == 0
+    assert train(toy, tmp_path, "--backbone", "vgg16", "--large-fov", "--supervision", "masks", "--epochs", 1,
+                 "--lr", 1e-3, "--val-split", "none", "--batch-size", 12) == 0
     network, checkpoint = load_network(tmp_path / "last.pt")
     assert checkpoint["arch"]["network"] == "DeepLabVGG16" and checkpoint["arch"]["large_fov"]
 
@@ -560,21 +559,21 @@ def test_corrupt_candidates_met_by_a_worker_are_one_line(tmp_path):
     (["--top-k", "0"], "--top-k"),
     (["--warm-up", "0"], "or 0 with --init"),
     (["--device", "meta"], "--device meta"),
-    (["--weight", "-1"], "--weight"),
+    (["--lambda-r", "-1"], "--lambda-r"),
     (["--large-fov"], "--backbone vgg16"),
     (["--val-split", "nosuch"], "nosuch.txt"),
     (["--batch-size", "13"], "--batch-size 12 or less"),
     (["--masks-list", "nosuch.txt"], "nosuch.txt"),
-    (["--masks-list", __file__, "--labels", "masks"], "--masks-list"),
+    (["--masks-list", __file__, "--supervision", "masks"], "--masks-list"),
     (["--split", "nosuch"], "nosuch.txt"),
-    (["--labels", "grabcut"], "python grabcut_labels.py"),
+    (["--supervision", "grabcut"], "python grabcut_labels.py"),
     (["--weights", "nosuch.pth"], "nosuch.pth"),
     (["--init", "nosuch.pt"], "nosuch.pt"),
     (["--resume"], "last.pt"),
     (["--device", "cuda:99"], "CUDA"),
 ])
 def test_bad_flags(toy, tmp_path, flags, words):
-    with pytest.raises((train_boxsup.BadInput, ValueError)) as caught:
+    with pytest.raises((train_boxsup.BadInput, train_boxsup.BadFile)) as caught:
         train(toy, tmp_path / "out", *flags)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
