@@ -61,8 +61,9 @@ holes of 12 and 1024 channels, has 67.6 there, and would lift every row of BoxSu
 Every convolution has a ReLU behind it, but for fc8.
 
 Who uses them: train_box2seg.py and train_boxsup.py train them on normalize()d batches and save them; evaluate.py reads
-them back with load_network() and calls predict(). All three ask pick_device() where to run. This file imports torch,
-torchvision and numpy, prints nothing, and downloads nothing unless pretrained=True asks for it.
+them back with load_network() and calls predict(). All three ask pick_device() where to run. The last section, "around a
+network", is for the two training scripts alone: what they do besides their algorithm stands there once. Importing this
+file prints nothing, and nothing is downloaded unless pretrained=True or --download asks for it.
 
     network = Box2SegNet(num_classes=21, pretrained=True)
     logits, attention, embeddings = network.train()(normalize(images))     # images: (N, H, W, 3) uint8
@@ -724,9 +725,9 @@ def predict(model, image, scales=(1.0,), flip=False):
 
 # ---- around a network: what both trainings need besides their algorithm ---------------------------------------------
 #
-# Nothing below is in the papers. In the order in which a script comes by: arguments, processes and devices, precision,
-# checkpoints, the log, random views and batches, a step of SGD, validation, and Progress, which calls the rest
-# between two steps.
+# Nothing below is in the papers. In the order in which a training comes by: arguments, processes and devices, mixed
+# precision, checkpoints, the log, random views and batches, a step of SGD, validation, and Progress, which hands out
+# the batches and does between two steps what has to be done.
 
 class Interrupted(Exception):
     """Ctrl-C or a polite kill: the step was finished and saved. The message says where, "after step 5 of 9"."""
@@ -734,7 +735,8 @@ class Interrupted(Exception):
 
 def run_script(main, script, user_errors, choose):
     """main(sys.argv[1:]) -> exit status. What the user can put right is one line on stderr and 2; our faults keep their
-    traceback. user_errors: the classes besides BadInput that are his; choose: the flags that say where files go."""
+    traceback. user_errors: further exceptions that mean what BadInput does; choose: the flags that say where files go.
+    """
     try:
         return main(sys.argv[1:])
     except (BadInput, *user_errors) as error:
@@ -1141,9 +1143,9 @@ def validate(network, ids, read_pair, scale, autocast):
 
 
 def finish(out, best):
+    print_rank0(f"done: {out / 'last.pt'}" + (f"; best {100 * best:.2f} mIoU: {out / 'best.pt'}" if best else ""))
     if dist.is_initialized():
         dist.destroy_process_group()
-    print_rank0(f"done: {out / 'last.pt'}" + (f"; best {100 * best:.2f} mIoU: {out / 'best.pt'}" if best else ""))
 
 
 @dataclasses.dataclass
@@ -1166,11 +1168,11 @@ class Progress:
     per_epoch: int                # steps
     best: float
     remark: Callable | None = None    # {name: a term's mean over the epoch} -> a line to print, or None
-    bar = None
 
-    @property
-    def total(self):
-        return self.epochs * self.per_epoch
+    def __post_init__(self):
+        self.total = self.epochs * self.per_epoch
+        self.of = "".join(f" of {name} {value}" for name, value in self.where.items())      # " of stage 1"
+        self.bar = None
 
     def steps(self, crops, stop, seed, device):
         """From where the run is up to `stop` -> the step's number from 0, and its batch on the device."""
@@ -1203,9 +1205,9 @@ class Progress:
             self.finish_epoch(lr)
         if saves:
             self.save("last.pt", self.step, self.best)
-        if self.interrupted:
-            of = "".join(f" of {name} {value}" for name, value in self.where.items())
-            raise Interrupted(f"after step {self.step} of {self.total}{of}")
+            if self.interrupted:
+                self.close_bar()
+                raise Interrupted(f"after step {self.step} of {self.total}{self.of}")
 
     def read_losses(self):
         """Of all steps since the last time: stops at one that is not finite, adds up, logs."""
@@ -1216,9 +1218,8 @@ class Progress:
             terms = dict(zip(names, values))
             for name, value in terms.items():
                 if not math.isfinite(value):
-                    of = "".join(f" of {name} {value}" for name, value in self.where.items())
                     last = self.out / "last.pt"
-                    raise BadInput(f"{name} is {value} at step {step}{of}: stopped; try a lower --lr" +
+                    raise BadInput(f"{name} is {value} at step {step}{self.of}: stopped; try a lower --lr" +
                                    (f"; the last good checkpoint is {last}" if last.exists() else ""))
                 self.sums[name] = self.sums.get(name, 0.0) + value
             self.count += 1
@@ -1242,8 +1243,12 @@ class Progress:
             write_log(self.out, {**self.where, "step": self.step, "epoch": epoch, "miou": miou})
             if better:
                 self.save("best.pt", self.step, self.best)
-        self.bar.close()
-        self.bar = None
+        self.close_bar()
         print_rank0(line, flush=True)
         if self.remark and (line := self.remark({name: total / self.count for name, total in self.sums.items()})):
             print_rank0(line, flush=True)
+
+    def close_bar(self):
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
