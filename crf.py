@@ -29,7 +29,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 
 # PAPER SILENT: the CRF's parameters, in both papers (BoxSup points to DeepLab); those that DeepLab's authors found by
 # search on held-out pictures, for a VGG-16 and for a ResNet-101, with their 10 iterations (copies of their script for
@@ -38,6 +38,10 @@ from PIL import Image, ImageOps
 PRESETS = {"vgg16": dict(w=4, xy=121, rgb=5, gaussian_w=3, gaussian_xy=3),
            "resnet101": dict(w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy=3)}
 ITERATIONS = 10
+
+
+class BadInput(ValueError):
+    """What the user gave cannot be used; the message is one line that names the file and the remedy."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -102,7 +106,7 @@ def permutohedral_lattice(features):
     room = (high - low + (4 * d + 1))[:d, 0].tolist()                               # 2 d more on both sides, for step 6
     # Beyond what float32 tells apart, where ranks leave 0..d too, or int64 holds; NaN. Before they serve as indices.
     if not (rank.min() == 0 and rank.max() == d and max(room) < 2 ** 16 and math.prod(room) < 2 ** 62):
-        raise ValueError("the features spread too far for the lattice: raise the standard deviations xy and rgb")
+        raise BadInput("the features spread too far for the lattice: raise the standard deviations xy and rgb")
 
     # 3. Barycentric weights (p. 10): differences of neighbours in the sorted residuals; row r for colour r.
     place = d - rank
@@ -215,8 +219,8 @@ def pydensecrf(image, probabilities, w, xy, rgb, gaussian_w, gaussian_xy, iterat
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError:
-        raise ValueError("backend pydensecrf is not installed: pip install pydensecrf2, which needs a C++ compiler, "
-                         "or take the backend torch") from None
+        raise BadInput("backend pydensecrf is not installed: pip install pydensecrf2, which needs a C++ compiler, "
+                       "or take the backend torch") from None
     C, H, W = probabilities.shape
     crf = DenseCRF2D(W, H, C)                           # width first
     crf.setUnaryEnergy(unary_energy(probabilities).T.contiguous().numpy())          # (C, N)
@@ -271,19 +275,35 @@ def dense_crf(image, probabilities, w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy
 # ----------------------------------------------------------------------------------------------------------------------
 # before and after, to look at
 
-class BadInput(Exception):
-    """What the user gave cannot be used; the message is one line that names the file and the remedy."""
+# ==== shared block "a picture": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
+UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
+                          "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
+
+
+def read_image(path):
+    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
+    try:
+        with Image.open(path) as file:
+            file.load()  # raises on a cut-off JPEG
+            mode, image = file.mode, file.convert("RGB")
+            try:
+                turn = UPRIGHT.get(file.getexif().get(0x0112))
+            except Exception:  # odd EXIF: other programs show such a picture as it is stored, too
+                turn = None
+    except FileNotFoundError:
+        raise BadInput(f"no image {path}") from None
+    except Exception as error:  # broken bytes make decoders raise nearly anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"{path}: not a readable image ({why}): replace it or take its id off the list") from None
+    if mode[0] in "IF":  # what their black and white are is not said; Pillow would cut at 255
+        raise BadInput(f"{path}: its pixels have more than 8 bits ({mode}): save it with 8 bits a channel")
+    return np.array(image.transpose(Image.Transpose[turn]) if turn else image)
+# ==== end of shared block
 
 
 def read_inputs(image_file, probabilities_file):
-    """-> (H, W, 3) uint8 RGB, turned upright where EXIF says so, and what the .npy file holds."""
-    try:
-        with Image.open(image_file) as file:
-            image = np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    except FileNotFoundError:
-        raise BadInput(f"no image {image_file}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{image_file}: not a readable image ({error}): fetch it again") from None
+    """-> (H, W, 3) uint8 RGB, and what the .npy file holds."""
+    image = read_image(image_file)
     try:
         with open(probabilities_file, "rb") as file:
             probabilities = np.load(file)               # without pickles, numpy's default
@@ -338,6 +358,9 @@ def main(argv):
             raise BadInput("--device cuda: this PyTorch sees no CUDA GPU: give --device cpu")
         if not args.out.parent.is_dir() or args.out.is_dir():
             raise BadInput(f"--out {args.out}: wanted the name of a file in a folder that exists")
+        if args.out.exists() and any(args.out.samefile(path) for path in (args.image, args.probabilities)
+                                     if Path(path).exists()):
+            raise BadInput(f"--out {args.out}: is read from: give another name")
         image, probabilities = read_inputs(args.image, args.probabilities)
         start = time.perf_counter()
         try:
@@ -354,8 +377,13 @@ def main(argv):
     panels = [panel(image, None, Path(args.image).name), panel(image, before, "before"),
               panel(image, after, f"after: {changed:.1f} % changed")]
     temporary = f"{args.out}.{os.getpid()}.tmp"
-    Image.fromarray(np.hstack(panels)).save(temporary, "PNG")
-    os.replace(temporary, args.out)
+    try:
+        Image.fromarray(np.hstack(panels)).save(temporary, "PNG")
+        os.replace(temporary, args.out)
+    except OSError as error:
+        print(f"crf.py: --out {args.out}: cannot be written ({error.strerror}): make room, or give another place",
+              file=sys.stderr)
+        return 2
     print(f"{args.out}: {changed:.1f} % of the pixels changed their class, {seconds:.1f} s")
     return 0
 

@@ -29,6 +29,7 @@ Expect: the paper's Box2Seg reaches 74.9 (Table 3), its GrabCut labels on the an
         Exit status 0; 1 if single images could not be read, they are listed and left out; 2 if nothing could be done.
 """
 import argparse
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -37,21 +38,25 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
+from crf import BadInput as BadKernel
 from crf import PRESETS, crf_kernels, dense_crf, mean_field, unary_energy
 from losses import affinity, confusion_matrix, iou
+from model import BadInput as BadModel
 from model import load_network, normalize, pick_device, predict
 
 # ==== shared block "VOC on disk": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
@@ -63,6 +68,10 @@ class BadInput(Exception):
     """What the user gave cannot be used; the message is one line that names the file and the remedy."""
 
 
+class CannotWrite(BadInput):
+    """A full disk or a folder that may not be written: the end of a job that goes on after a single bad image."""
+
+
 def find_voc(data):
     """--data (a VOCdevkit, or the VOC2012 folder in it) -> Path of the folder that holds JPEGImages."""
     for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
@@ -71,55 +80,134 @@ def find_voc(data):
     raise BadInput(f"no VOC data in {data}: wanted {data}/VOC2012/JPEGImages")
 
 
-def class_names(voc):
-    """VOC's 21 names, or those of a class_names.txt beside JPEGImages (one a line, background first)."""
-    path = Path(voc) / "class_names.txt"
-    names = path.read_text().split("\n") if path.exists() else VOC_CLASSES
-    names = [name.strip() for name in names if name.strip()]
+def read_text(path):
+    """A text file -> str, lines end in "\\n". UTF-8 whatever the system, or UTF-16, which needs its byte order mark."""
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise BadInput(f"{path}: not text in UTF-8: save it in that encoding")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_names(path):
+    """A file of class names, one a line, background first -> list."""
+    names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
     if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
         raise BadInput(f"{path}: wanted 2 to 255 different names, one a line, background first")
     return names
 
 
-def read_list(path):
-    """An ImageSets list -> image ids in order. The first word of each line is the id; empty lines are skipped."""
-    if not Path(path).is_file():
-        raise BadInput(f"no image list {path}: write one id a line (file names without .jpg)")
-    ids = [line.split()[0] for line in Path(path).read_text().splitlines() if line.strip()]
-    if not ids or len(set(ids)) < len(ids):
-        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": wanted one id a line")
-    return ids
+def class_names(voc):
+    """VOC's 21 names, or those of a class_names.txt beside JPEGImages (one a line, background first)."""
+    path = Path(voc) / "class_names.txt"
+    return read_names(path) if path.exists() else list(VOC_CLASSES)
 # ==== end of shared block
 
 
-# ==== shared block "pictures and labels": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+# ==== shared block "ids of images": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"  # of pictures, in small letters or in capitals
+
+
+def image_id(text, where):
+    """What a list calls an image -> its id: the picture's path below JPEGImages without its ending, as in day1/a."""
+    endings, name = "|".join(ENDINGS).replace(".", r"\."), text
+    if columns := re.fullmatch(rf"(.+?)({endings})\s+(.*[/\\])?(.+)\.(png|xml)", name, re.I):  # DeepLab's lists
+        name = columns[1]
+        if re.split(r"[/\\]", name)[-1] != columns[4]:
+            raise BadInput(f"{where}: {text[:99]!r} are two names: wanted one image a line")
+    name = re.sub(r"^(\./)?(/?((VOCdevkit/)?VOC2012/)?JPEGImages/)?", "", name.replace("\\", "/"))
+    parts = re.sub(rf"({endings})$", "", name, flags=re.I).split("/")
+    long = max(len(part.encode("utf-8", "replace")) for part in parts) > 230  # with an ending too long for a file name
+    if long or {"", ".", ".."} & set(parts) or parts[0][1:2] == ":":
+        raise BadInput(f"{where}: {text[:99]!r} is no id: wanted a picture's name, or its path below JPEGImages")
+    return "/".join(parts)
+
+
+def read_list(path):
+    """An ImageSets list -> image ids in order: see image_id(). One a line, which may hold spaces."""
+    if not Path(path).is_file():
+        raise BadInput(f"no image list {path}: write one id a line (file names without .jpg)")
+    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    unflagged = {re.sub(r"\s+(-1|0|1)$", "", line) for line in lines}
+    if lines and len(unflagged) == len(lines) and unflagged.isdisjoint(lines):
+        raise BadInput(f"{path}: a second column of 1, 0, -1, as in VOC's lists of one class (dog_train.txt): keep the "
+                       "lines that you want, and only their ids")
+    ids = [image_id(line, path) for line in lines]
+    if not ids or len(set(ids)) < len(ids):
+        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": wanted one id a line")
+    return ids
+
+
+def find_image(folder, name):
+    """The picture of an id, whatever its ending (where there is none, what .jpg would be called). Two are refused."""
+    paths = [Path(folder) / f"{name}{ending}" for small in ENDINGS for ending in (small, small.upper())]
+    found = [path for path in paths if path.is_file()] or paths[:1]
+    for other in found[1:]:
+        if not other.samefile(found[0]):  # it is where capitals do not count
+            raise BadInput(f"{found[0]} and {other.name} have one id: rename one, or move it out of {folder}")
+    return found[0]
+# ==== end of shared block
+
+
+# ==== shared block "a picture": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
+UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
+                          "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
+
+
+def read_image(path):
+    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
+    try:
+        with Image.open(path) as file:
+            file.load()  # raises on a cut-off JPEG
+            mode, image = file.mode, file.convert("RGB")
+            try:
+                turn = UPRIGHT.get(file.getexif().get(0x0112))
+            except Exception:  # odd EXIF: other programs show such a picture as it is stored, too
+                turn = None
+    except FileNotFoundError:
+        raise BadInput(f"no image {path}") from None
+    except Exception as error:  # broken bytes make decoders raise nearly anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"{path}: not a readable image ({why}): replace it or take its id off the list") from None
+    if mode[0] in "IF":  # what their black and white are is not said; Pillow would cut at 255
+        raise BadInput(f"{path}: its pixels have more than 8 bits ({mode}): save it with 8 bits a channel")
+    return np.array(image.transpose(Image.Transpose[turn]) if turn else image)
+# ==== end of shared block
+
+
+# ==== shared block "label maps": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
 def voc_palette():
     """VOC's colours, (256, 3) uint8: bits 0, 1, 2 of the index give the high bit of R, G, B, bits 3, 4, 5 the next."""
     bits = [[(np.arange(256) >> (3 * k + c) & 1) << (7 - k) for k in range(3)] for c in range(3)]
     return np.array(bits).sum(1).T.astype(np.uint8)
 
 
-def read_image(path):
-    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
-    try:
-        return np.array(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))  # Pillow raises on a cut-off JPEG
-    except FileNotFoundError:
-        raise BadInput(f"no image {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: not a readable image ({error}): fetch it again or take its id off the list") from None
-
-
 def read_label(path, size=None, num_classes=None):
     """A label PNG -> (H, W) uint8 class index per pixel, 255 ignored. size is (H, W) of the image it belongs to."""
     try:
-        png = Image.open(path)
-        labels = np.array(png)  # of a palette PNG the indices, not the colours
+        with Image.open(path, formats=["PNG"]) as png:  # a JPEG's indices would be blurred
+            depth = png.tile[0][3].rpartition(";")[2]  # bits a pixel where they are fewer than 8
+            labels = np.array(png.convert("L") if png.mode == "1" else png)  # of a palette PNG the indices
+            mode, palette = png.mode, np.array(png.getpalette() or [], np.uint8).reshape(-1, 3)
     except FileNotFoundError:
         raise BadInput(f"no label {path}") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadInput(f"{path}: not a readable PNG ({error}): make or fetch it again") from None
-    if png.mode not in ("P", "L"):
-        raise BadInput(f"{path}: a {png.mode} picture, not class indices: save it as an 8-bit palette PNG")
+    except Exception as error:  # broken bytes make decoders raise nearly anything
+        raise BadInput(f"{path}: not a readable PNG ({' '.join(str(error).split())}): make it again") from None
+    if mode not in ("P", "L", "1"):
+        raise BadInput(f"{path}: a {mode} picture, not class indices: save it as an 8-bit palette PNG")
+    if mode != "P" and depth in ("1", "2", "4"):
+        labels //= 255 // (2 ** int(depth) - 1)  # Pillow has spread them over 0..255
+    colours, classes = voc_palette(), [*range(num_classes or 21), 255]
+    if mode == "P" and not np.array_equal(palette, colours[:len(palette)]):  # then colours must not say another class
+        used = [index for index in np.flatnonzero(np.bincount(labels.ravel())) if index < len(palette)]
+        said = [[c for c in classes if np.array_equal(colours[c], palette[index])] for index in used]
+        if all(said) and sum(said, []) != used and len(set(map(tuple, said))) == len(used):
+            raise BadInput(f"{path}: its colours are VOC's, its indices are not: save it with VOC's palette in order")
     if size is not None and labels.shape != tuple(size):
         raise BadInput(f"{path}: {labels.shape[1]}x{labels.shape[0]}, its image {size[1]}x{size[0]}: make it again")
     if num_classes is not None and (worst := labels[labels < 255].max(initial=0)) >= num_classes:
@@ -127,13 +215,70 @@ def read_label(path, size=None, num_classes=None):
     return labels
 
 
+def require_a_class(paths):
+    """Refuses label PNGs that together hold no class but background; reads them up to the first that does."""
+    for count, path in enumerate(paths, 1):
+        if (read_label(path) % 255).any():
+            return
+    raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' indices "
+                   "(255 is ignored: in masks of 0 and 255 replace it by the class's index)")
+
+
 def write_label(path, labels):
-    """(H, W) class indices -> 8-bit palette PNG, under a temporary name first, so that no half file is ever seen."""
+    """(H, W) class indices -> 8-bit palette PNG."""
     png = Image.fromarray(np.asarray(labels, np.uint8), "L")
     png.putpalette(voc_palette().tobytes())  # makes it mode P, indices unchanged
+    with writing(path) as temporary:
+        png.save(temporary, "PNG")
+# ==== end of shared block
+
+
+# ==== shared block "what was made": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+@contextlib.contextmanager
+def writing(path):
+    """A temporary name, under which to write the file: no half file is ever seen. Makes its folder, too."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    png.save(temporary, "PNG")
-    os.replace(temporary, path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror or error}): make room, or name another place "
+                          "to write to (such as --out)") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def read_source(folder):
+    """A folder of candidates or labels -> its source.json: {"images": Path of the folder of its pictures,
+    "class_names", "method", and what else they depend on}."""
+    path = Path(folder) / "source.json"
+    if not path.is_file():
+        raise BadInput(f"no {path}: {folder} holds no candidates: make them by mcg_candidates.py")
+    try:
+        source = json.loads(read_text(path))
+        return source | {"images": Path(folder) / source["images"], "class_names": list(source["class_names"]),
+                         "method": str(source["method"])}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: not what mcg_candidates.py or grabcut_labels.py writes ({error}): delete {folder}, "
+                       "make it again") from None
+
+
+def check_classes(folder, names):
+    """Refuses a folder of labels that was made with other class names: its indices would mean other classes."""
+    there = read_source(folder)["class_names"] if (Path(folder) / "source.json").exists() else names
+    if there != names:
+        raise BadInput(f"{folder}: made with other class_names ({' '.join(there)}): delete it and make it again")
+
+
+def keep_apart(outputs, inputs):
+    """Refuses files and folders to write to that are read from, or files to write in a folder that is read from."""
+    for out in filter(None, outputs):
+        for source in filter(None, inputs):
+            for path in (out, out.parent) if out.suffix else (out,):
+                if path.exists() and source.exists() and path.samefile(source):
+                    raise BadInput(f"{out}: writing there would overwrite what is read from {source}: name another")
 # ==== end of shared block
 
 
@@ -144,7 +289,7 @@ def load_checkpoint(checkpoint, device):
     """A checkpoint file -> (network in eval mode, class names)."""
     try:
         network, saved = load_network(checkpoint, device)
-    except ValueError as error:
+    except BadModel as error:
         raise BadInput(error) from None
     return network.to(memory_format=torch.channels_last), saved["class_names"]
 
@@ -167,7 +312,7 @@ def most_probable(image, probabilities, crf=None):
     if crf:
         try:
             probabilities = dense_crf(image, probabilities, **crf)
-        except ValueError as error:
+        except BadKernel as error:
             raise BadInput(f"--crf: {error}") from None
     return probabilities.max(0).indices.byte().cpu().numpy()    # argmax(0) takes several times as long on a CPU
 
@@ -227,7 +372,9 @@ def in_order(ids, read, prepare, work, workers):
         for name, loaded in read_ahead(ids, read):
             try:
                 waiting.append((name, pool.submit(work, *prepare(*loaded())).result))
-            except BadInput as error:
+            except BrokenProcessPool:
+                raise BadInput("a worker was killed, perhaps for want of memory: give fewer --workers") from None
+            except Exception as error:
                 waiting.append((name, functools.partial(throw, error)))
             if len(waiting) > workers:
                 yield waiting.popleft()
@@ -246,7 +393,7 @@ def read_prediction(path, size, num_classes):
 # the score
 
 def image_path(voc, name):
-    return voc / "JPEGImages" / f"{name}.jpg"
+    return find_image(voc / "JPEGImages", name)
 
 
 def truth_path(voc, name, against=None):
@@ -338,9 +485,9 @@ def trimap_table(trimap):
 def read_trimap(path):
     """The trimap scores in a file that --json wrote."""
     try:
-        trimap = json.loads(path.read_text())["trimap"]
+        trimap = json.loads(read_text(path))["trimap"]
         return {key: trimap[key] for key in ("widths", "boundary", "interior")}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (BadInput, ValueError, KeyError, TypeError):
         raise BadInput(f"{path}: holds no trimap scores: write it with evaluate.py --trimap --json {path}") from None
 
 
@@ -448,9 +595,8 @@ def widened(picture, width):
 
 def save_picture(path, image):
     """(H, W, 3) uint8 RGB -> PNG or JPEG, under a temporary name first."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    Image.fromarray(image).save(temporary, "PNG" if path.suffix == ".png" else "JPEG", quality=95)
-    os.replace(temporary, path)
+    with writing(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG" if path.suffix == ".png" else "JPEG", quality=95)
 
 
 # Three kinds of strips. Each: image (H, W, 3); labels {"truth", "boxes", "GrabCut": (H, W), those at hand}; prediction
@@ -528,7 +674,6 @@ def save_pictures(voc, per_image, predicted, network, names, args):
         if not folder:
             continue
         strips, everything = [], set()
-        folder.mkdir(parents=True, exist_ok=True)
         for name in chosen:
             image = read_image(image_path(voc, name))
             prediction, size = predicted(name)[1], image.shape[:2]
@@ -599,7 +744,13 @@ def trimap_picture(voc, name, runs, args):
 # the two jobs
 
 def report(error):
-    tqdm.write(f"evaluate.py: {error}", file=sys.stderr)
+    kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
+    tqdm.write(f"evaluate.py: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+
+
+def write_json(path, content):
+    with writing(path) as temporary:
+        Path(temporary).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def finish(failed):
@@ -623,7 +774,8 @@ def evaluate(args):
     voc = find_voc(args.data)
     names = class_names(voc)
     if args.against and not args.split and not args.list:
-        ids = sorted(path.stem for path in args.labels.glob("*.png") if (args.against / path.name).is_file())
+        pngs = (path.relative_to(args.labels) for path in args.labels.rglob("*.png") if not path.name.startswith("._"))
+        ids = sorted(path.with_suffix("").as_posix() for path in pngs if (args.against / path).is_file())
         if not ids:
             raise BadInput(f"{args.labels} and {args.against} have no PNG of one name: give folders of label PNGs")
     else:
@@ -645,12 +797,16 @@ def evaluate(args):
         require([image_path(voc, name) for name in ids], "image")
     else:
         require([args.labels / f"{name}.png" for name in ids], "label")
-    require([truth_path(voc, name, args.against) for name in ids], "label" if args.against else "truth")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-    if args.save_png:
-        make_output_folder(args.save_png, args.labels, voc / "SegmentationClass", voc / "SegmentationClassAug",
-                           args.against)
+    truths = [truth_path(voc, name, args.against) for name in ids]
+    require(truths, "label" if args.against else "truth")
+    require_a_class(truths)
+    for folder in filter(None, (args.labels, args.against)):
+        check_classes(folder, names)
+    given = [args.labels, args.against, args.list, *args.trimap_add, args.checkpoint and Path(args.checkpoint)]
+    kinds = "JPEGImages SegmentationClass SegmentationClassAug BoxMasks GrabCutMasks class_names.txt".split()
+    kinds += [f"ImageSets/Segmentation/{args.split or 'val'}.txt"]
+    keep_apart([args.save_png, args.pictures, args.attention, args.affinity, args.json, args.trimap_plot],
+               given + [base / kind for base in filter(None, (voc, args.noisy_labels)) for kind in kinds])
 
     def read_labels(name):                                                          # truth and label PNG: (H, W) uint8
         truth = read_label(truth_path(voc, name, args.against), None, len(names))
@@ -678,8 +834,8 @@ def evaluate(args):
     for name, result in tqdm(results, "evaluate", len(ids), unit="img", disable=None):
         try:
             truth, prediction = result()                                            # (H, W) uint8 each
-        except BadInput as error:
-            if network is None:                         # seconds of work: nothing is lost by mending the file first
+        except Exception as error:                      # whatever is bad in one image does not stop the others
+            if network is None:                         # seconds of work: nothing is lost by fixing the file first
                 raise
             report(error)
             failed.append(name)
@@ -707,13 +863,10 @@ def evaluate(args):
         result["trimap"] = trimap_scores(confusion, bands)
         print("\n" + trimap_table(result["trimap"]))
     if args.json:
-        temporary = Path(f"{args.json}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, args.json)
+        write_json(args.json, result)
     save_pictures(voc, per_image, lambda name: work(*prepare(*read(name))), network, names, args)
     if args.trimap_plot:
         runs = {"/".join(Path(args.json or args.checkpoint or args.labels).parts[-2:]): result["trimap"], **others}
-        args.trimap_plot.parent.mkdir(parents=True, exist_ok=True)
         save_picture(args.trimap_plot, trimap_picture(voc, next(iter(per_image)), runs, args))
     return finish(failed)
 
@@ -752,7 +905,7 @@ def crf_search(results, count, args):
     for name, result in tqdm(results, "CRF search", count, unit="img", disable=None):
         try:
             total = total + result()                                                # (S, C, C)
-        except BadInput as error:
+        except Exception as error:                      # whatever is bad in one image does not stop the others
             report(error)
             failed.append(name)
     scored = sorted(((iou(confusion).nanmean().item(), crf) for confusion, crf in zip(total, grid)),
@@ -761,14 +914,14 @@ def crf_search(results, count, args):
     for miou, crf in scored:
         print(f"{100 * miou:7.2f}{crf['w']:7g}{crf['xy']:7g}{crf['rgb']:7g}" + ("   the preset" * (crf == args.crf)))
     if args.json:
-        args.json.write_text(json.dumps([{"miou": miou, **crf} for miou, crf in scored], indent=1) + "\n")
+        write_json(args.json, [{"miou": miou, **crf} for miou, crf in scored])
     if scored:
         best = scored[0][1]
         print(f"\nto use the best: --crf --crf-w {best['w']:g} --crf-xy {best['xy']:g} --crf-rgb {best['rgb']:g}")
     return finish(failed)
 
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+SUFFIXES = *ENDINGS, ".gif", ".ppm"
 
 
 def predict_folder(args):
@@ -778,42 +931,34 @@ def predict_folder(args):
         raise BadInput(f"no folder {args.images}: --images wants a folder of pictures")
     network, names = load_checkpoint(args.checkpoint, args.device)
     args.crf = crf_options(network, args)
-    paths = sorted(path for path in args.images.iterdir() if path.suffix.lower() in SUFFIXES)
     if args.list:                                       # e.g. VOC's test images, all of which lie in JPEGImages
-        by_id = {path.stem: path for path in paths}
-        ids = read_list(args.list)
-        require([by_id.get(name, args.images / f"{name}.jpg") for name in ids], "image")
-        paths = [by_id[name] for name in ids]
+        paths = {name: find_image(args.images, name) for name in read_list(args.list)}
+        require(list(paths.values()), "image")
+    else:
+        wanted = sorted(path for path in args.images.iterdir()
+                        if path.suffix.lower() in SUFFIXES and not path.name.startswith("._"))
+        paths = {path.stem: path for path in wanted}
+        for path in wanted:
+            if paths[path.stem] != path:
+                raise BadInput(f"{path}: {paths[path.stem].name} would get the same label {path.stem}.png: rename one")
     if not paths:
-        raise BadInput(f"no pictures in {args.images}: wanted {' '.join(sorted(SUFFIXES))}")
-    by_stem = {}
-    for path in paths:
-        if by_stem.setdefault(path.stem, path) != path:
-            raise BadInput(f"{path}: {by_stem[path.stem].name} would get the same label {path.stem}.png: rename one")
-    make_output_folder(args.out, args.images)
-    (args.out / "overlay").mkdir(exist_ok=True)
+        raise BadInput(f"no pictures in {args.images}: wanted {' '.join(SUFFIXES)}")
+    keep_apart([args.out, args.out / "overlay"], [args.images])
 
     failed = []
-    for path in tqdm(paths, desc="predict", unit="img", disable=None):
+    for name, path in tqdm(paths.items(), desc="predict", unit="img", disable=None):
         try:
             image = read_image(path)
-        except BadInput as error:
+            labels = predict_labels(network, image, args)
+        except Exception as error:                      # whatever is bad in one image does not stop the others
             report(error)
             failed.append(path.name)
             continue
-        labels = predict_labels(network, image, args)
-        write_label(args.out / f"{path.stem}.png", labels)
+        write_label(args.out / f"{name}.png", labels)
         panels = side_by_side({path.name: image, "prediction": overlay(image, labels)})
-        save_picture(args.out / "overlay" / f"{path.stem}.jpg", with_legend(panels, classes_in(labels), names))
+        save_picture(args.out / "overlay" / f"{name}.jpg", with_legend(panels, classes_in(labels), names))
     print(f"{len(paths) - len(failed)} label PNGs in {args.out}, to look at: {args.out / 'overlay'}")
     return finish(failed)
-
-
-def make_output_folder(out, *sources):
-    """A folder to write PNGs to, which is none of those that they are made from."""
-    if any(source and source.exists() and out.exists() and out.samefile(source) for source in sources):
-        raise BadInput(f"{out}: writing there would overwrite what is read from there: name another folder")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def main(argv):
@@ -905,16 +1050,14 @@ def main(argv):
     try:
         try:
             args.device = pick_device(args.device)
-        except ValueError as error:
+        except BadModel as error:
             raise BadInput(error) from None
         return predict_folder(args) if args.images else evaluate(args)
     except BadInput as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
-    except (OSError, UnicodeDecodeError) as error:  # a full disk, a folder that may not be written, a list of bytes
-        print(f"evaluate.py: {error}: give another path, or mend the file", file=sys.stderr)
-        return 2
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that a pipe's encoding lacks, on Windows
     sys.exit(main(sys.argv[1:]))

@@ -10,6 +10,7 @@ Boxes to labels: the box masks B and the GrabCut masks M that Box2Seg trains on 
 
 Reads   VOC2012/JPEGImages/<id>.jpg, Annotations/<id>.xml, ImageSets/Segmentation/<split>.txt, class_names.txt if there
 Writes  VOC2012/BoxMasks/<id>.png and VOC2012/GrabCutMasks/<id>.png: 8-bit PNG in VOC's palette, one class index a pixel
+        and source.json in both: of which images, boxes, class names and GrabCut options, so that no run mixes them
 
     B(i) = c   pixel i lies in a box of class c (in the smallest such box, where boxes overlap); 0 in no box
     M(i) = c   and GrabCut, run on that one box, takes pixel i for foreground
@@ -18,8 +19,10 @@ What exists is kept: a second run makes only what is missing, so a run may be in
 to make it anew. Expect about 0.12 s a box on one core; no truth is read, so evaluate.py --labels shows how good M is.
 """
 import argparse
+import contextlib
 import json
 import os
+import re
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
@@ -29,7 +32,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 # ==== shared block "VOC on disk": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
@@ -41,6 +44,10 @@ class BadInput(Exception):
     """What the user gave cannot be used; the message is one line that names the file and the remedy."""
 
 
+class CannotWrite(BadInput):
+    """A full disk or a folder that may not be written: the end of a job that goes on after a single bad image."""
+
+
 def find_voc(data):
     """--data (a VOCdevkit, or the VOC2012 folder in it) -> Path of the folder that holds JPEGImages."""
     for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
@@ -49,55 +56,134 @@ def find_voc(data):
     raise BadInput(f"no VOC data in {data}: wanted {data}/VOC2012/JPEGImages")
 
 
-def class_names(voc):
-    """VOC's 21 names, or those of a class_names.txt beside JPEGImages (one a line, background first)."""
-    path = Path(voc) / "class_names.txt"
-    names = path.read_text().split("\n") if path.exists() else VOC_CLASSES
-    names = [name.strip() for name in names if name.strip()]
+def read_text(path):
+    """A text file -> str, lines end in "\\n". UTF-8 whatever the system, or UTF-16, which needs its byte order mark."""
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise BadInput(f"{path}: not text in UTF-8: save it in that encoding")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_names(path):
+    """A file of class names, one a line, background first -> list."""
+    names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
     if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
         raise BadInput(f"{path}: wanted 2 to 255 different names, one a line, background first")
     return names
 
 
-def read_list(path):
-    """An ImageSets list -> image ids in order. The first word of each line is the id; empty lines are skipped."""
-    if not Path(path).is_file():
-        raise BadInput(f"no image list {path}: write one id a line (file names without .jpg)")
-    ids = [line.split()[0] for line in Path(path).read_text().splitlines() if line.strip()]
-    if not ids or len(set(ids)) < len(ids):
-        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": wanted one id a line")
-    return ids
+def class_names(voc):
+    """VOC's 21 names, or those of a class_names.txt beside JPEGImages (one a line, background first)."""
+    path = Path(voc) / "class_names.txt"
+    return read_names(path) if path.exists() else list(VOC_CLASSES)
 # ==== end of shared block
 
 
-# ==== shared block "pictures and labels": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+# ==== shared block "ids of images": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"  # of pictures, in small letters or in capitals
+
+
+def image_id(text, where):
+    """What a list calls an image -> its id: the picture's path below JPEGImages without its ending, as in day1/a."""
+    endings, name = "|".join(ENDINGS).replace(".", r"\."), text
+    if columns := re.fullmatch(rf"(.+?)({endings})\s+(.*[/\\])?(.+)\.(png|xml)", name, re.I):  # DeepLab's lists
+        name = columns[1]
+        if re.split(r"[/\\]", name)[-1] != columns[4]:
+            raise BadInput(f"{where}: {text[:99]!r} are two names: wanted one image a line")
+    name = re.sub(r"^(\./)?(/?((VOCdevkit/)?VOC2012/)?JPEGImages/)?", "", name.replace("\\", "/"))
+    parts = re.sub(rf"({endings})$", "", name, flags=re.I).split("/")
+    long = max(len(part.encode("utf-8", "replace")) for part in parts) > 230  # with an ending too long for a file name
+    if long or {"", ".", ".."} & set(parts) or parts[0][1:2] == ":":
+        raise BadInput(f"{where}: {text[:99]!r} is no id: wanted a picture's name, or its path below JPEGImages")
+    return "/".join(parts)
+
+
+def read_list(path):
+    """An ImageSets list -> image ids in order: see image_id(). One a line, which may hold spaces."""
+    if not Path(path).is_file():
+        raise BadInput(f"no image list {path}: write one id a line (file names without .jpg)")
+    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    unflagged = {re.sub(r"\s+(-1|0|1)$", "", line) for line in lines}
+    if lines and len(unflagged) == len(lines) and unflagged.isdisjoint(lines):
+        raise BadInput(f"{path}: a second column of 1, 0, -1, as in VOC's lists of one class (dog_train.txt): keep the "
+                       "lines that you want, and only their ids")
+    ids = [image_id(line, path) for line in lines]
+    if not ids or len(set(ids)) < len(ids):
+        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": wanted one id a line")
+    return ids
+
+
+def find_image(folder, name):
+    """The picture of an id, whatever its ending (where there is none, what .jpg would be called). Two are refused."""
+    paths = [Path(folder) / f"{name}{ending}" for small in ENDINGS for ending in (small, small.upper())]
+    found = [path for path in paths if path.is_file()] or paths[:1]
+    for other in found[1:]:
+        if not other.samefile(found[0]):  # it is where capitals do not count
+            raise BadInput(f"{found[0]} and {other.name} have one id: rename one, or move it out of {folder}")
+    return found[0]
+# ==== end of shared block
+
+
+# ==== shared block "a picture": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
+UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
+                          "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
+
+
+def read_image(path):
+    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
+    try:
+        with Image.open(path) as file:
+            file.load()  # raises on a cut-off JPEG
+            mode, image = file.mode, file.convert("RGB")
+            try:
+                turn = UPRIGHT.get(file.getexif().get(0x0112))
+            except Exception:  # odd EXIF: other programs show such a picture as it is stored, too
+                turn = None
+    except FileNotFoundError:
+        raise BadInput(f"no image {path}") from None
+    except Exception as error:  # broken bytes make decoders raise nearly anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"{path}: not a readable image ({why}): replace it or take its id off the list") from None
+    if mode[0] in "IF":  # what their black and white are is not said; Pillow would cut at 255
+        raise BadInput(f"{path}: its pixels have more than 8 bits ({mode}): save it with 8 bits a channel")
+    return np.array(image.transpose(Image.Transpose[turn]) if turn else image)
+# ==== end of shared block
+
+
+# ==== shared block "label maps": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
 def voc_palette():
     """VOC's colours, (256, 3) uint8: bits 0, 1, 2 of the index give the high bit of R, G, B, bits 3, 4, 5 the next."""
     bits = [[(np.arange(256) >> (3 * k + c) & 1) << (7 - k) for k in range(3)] for c in range(3)]
     return np.array(bits).sum(1).T.astype(np.uint8)
 
 
-def read_image(path):
-    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
-    try:
-        return np.array(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))  # Pillow raises on a cut-off JPEG
-    except FileNotFoundError:
-        raise BadInput(f"no image {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: not a readable image ({error}): fetch it again or take its id off the list") from None
-
-
 def read_label(path, size=None, num_classes=None):
     """A label PNG -> (H, W) uint8 class index per pixel, 255 ignored. size is (H, W) of the image it belongs to."""
     try:
-        png = Image.open(path)
-        labels = np.array(png)  # of a palette PNG the indices, not the colours
+        with Image.open(path, formats=["PNG"]) as png:  # a JPEG's indices would be blurred
+            depth = png.tile[0][3].rpartition(";")[2]  # bits a pixel where they are fewer than 8
+            labels = np.array(png.convert("L") if png.mode == "1" else png)  # of a palette PNG the indices
+            mode, palette = png.mode, np.array(png.getpalette() or [], np.uint8).reshape(-1, 3)
     except FileNotFoundError:
         raise BadInput(f"no label {path}") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadInput(f"{path}: not a readable PNG ({error}): make or fetch it again") from None
-    if png.mode not in ("P", "L"):
-        raise BadInput(f"{path}: a {png.mode} picture, not class indices: save it as an 8-bit palette PNG")
+    except Exception as error:  # broken bytes make decoders raise nearly anything
+        raise BadInput(f"{path}: not a readable PNG ({' '.join(str(error).split())}): make it again") from None
+    if mode not in ("P", "L", "1"):
+        raise BadInput(f"{path}: a {mode} picture, not class indices: save it as an 8-bit palette PNG")
+    if mode != "P" and depth in ("1", "2", "4"):
+        labels //= 255 // (2 ** int(depth) - 1)  # Pillow has spread them over 0..255
+    colours, classes = voc_palette(), [*range(num_classes or 21), 255]
+    if mode == "P" and not np.array_equal(palette, colours[:len(palette)]):  # then colours must not say another class
+        used = [index for index in np.flatnonzero(np.bincount(labels.ravel())) if index < len(palette)]
+        said = [[c for c in classes if np.array_equal(colours[c], palette[index])] for index in used]
+        if all(said) and sum(said, []) != used and len(set(map(tuple, said))) == len(used):
+            raise BadInput(f"{path}: its colours are VOC's, its indices are not: save it with VOC's palette in order")
     if size is not None and labels.shape != tuple(size):
         raise BadInput(f"{path}: {labels.shape[1]}x{labels.shape[0]}, its image {size[1]}x{size[0]}: make it again")
     if num_classes is not None and (worst := labels[labels < 255].max(initial=0)) >= num_classes:
@@ -105,54 +191,165 @@ def read_label(path, size=None, num_classes=None):
     return labels
 
 
+def require_a_class(paths):
+    """Refuses label PNGs that together hold no class but background; reads them up to the first that does."""
+    for count, path in enumerate(paths, 1):
+        if (read_label(path) % 255).any():
+            return
+    raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' indices "
+                   "(255 is ignored: in masks of 0 and 255 replace it by the class's index)")
+
+
 def write_label(path, labels):
-    """(H, W) class indices -> 8-bit palette PNG, under a temporary name first, so that no half file is ever seen."""
+    """(H, W) class indices -> 8-bit palette PNG."""
     png = Image.fromarray(np.asarray(labels, np.uint8), "L")
     png.putpalette(voc_palette().tobytes())  # makes it mode P, indices unchanged
+    with writing(path) as temporary:
+        png.save(temporary, "PNG")
+# ==== end of shared block
+
+
+# ==== shared block "what was made": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+@contextlib.contextmanager
+def writing(path):
+    """A temporary name, under which to write the file: no half file is ever seen. Makes its folder, too."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    png.save(temporary, "PNG")
-    os.replace(temporary, path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror or error}): make room, or name another place "
+                          "to write to (such as --out)") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def read_source(folder):
+    """A folder of candidates or labels -> its source.json: {"images": Path of the folder of its pictures,
+    "class_names", "method", and what else they depend on}."""
+    path = Path(folder) / "source.json"
+    if not path.is_file():
+        raise BadInput(f"no {path}: {folder} holds no candidates: make them by mcg_candidates.py")
+    try:
+        source = json.loads(read_text(path))
+        return source | {"images": Path(folder) / source["images"], "class_names": list(source["class_names"]),
+                         "method": str(source["method"])}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: not what mcg_candidates.py or grabcut_labels.py writes ({error}): delete {folder}, "
+                       "make it again") from None
+
+
+def check_classes(folder, names):
+    """Refuses a folder of labels that was made with other class names: its indices would mean other classes."""
+    there = read_source(folder)["class_names"] if (Path(folder) / "source.json").exists() else names
+    if there != names:
+        raise BadInput(f"{folder}: made with other class_names ({' '.join(there)}): delete it and make it again")
+
+
+def keep_apart(outputs, inputs):
+    """Refuses files and folders to write to that are read from, or files to write in a folder that is read from."""
+    for out in filter(None, outputs):
+        for source in filter(None, inputs):
+            for path in (out, out.parent) if out.suffix else (out,):
+                if path.exists() and source.exists() and path.samefile(source):
+                    raise BadInput(f"{out}: writing there would overwrite what is read from {source}: name another")
 # ==== end of shared block
 
 
 # ==== shared block "boxes of an annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def check_size(said, size, where):
+    """What an annotation says of its picture's size, (width, height), against the picture's own (H, W)."""
+    try:
+        said = [float(number or 0) for number in said]
+    except (TypeError, ValueError):  # "null", "unknown": nothing is said
+        return
+    # Off by one is let pass: some tools that wrote VOC files round a resized picture's size up, others down, or take
+    # the last pixel's number for it; such boxes are off by a pixel at most. 0 and nothing are what others write.
+    if any(number > 0 and abs(number - pixels) > 1 for number, pixels in zip(said, size[::-1])):
+        turned = abs(said[0] - size[0]) <= 1 and abs(said[1] - size[1]) <= 1
+        raise BadInput(f"{where}: says {said[0]:g}x{said[1]:g}, but the picture is {size[1]}x{size[0]}: " + (
+            "if EXIF turns it and the boxes do not, take the orientation out (exiftool -Orientation= FILE), otherwise "
+            "correct the size" if turned else "annotate it as it is, or put back the picture that was annotated"))
+
+
 def clip_box(corners, size, where):
     """Corners x0, y0, x1, y1 (0-based, half-open, any order of magnitude) -> the four ints, clipped to (H, W)."""
     x0, y0, x1, y1 = corners
     height, width = size
     clipped = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
     if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-        raise BadInput(f"{where}: box {x0} {y0} {x1} {y1} has no area inside the {width}x{height} image: mend it")
+        raise BadInput(f"{where}: box {x0} {y0} {x1} {y1} has no area inside the {width}x{height} image: fix it")
     return clipped
 
 
+def only(parent, tag, where):
+    """The text of the one child of that name, "" where there is none; of two, neither may be dropped."""
+    found = parent.findall(tag)
+    if len(found) > 1:
+        raise BadInput(f"{where}: <{parent.tag}> has several <{tag}>: write an <object> of its own for each box")
+    return (found[0].text or "").strip() if found else ""
+# ==== end of shared block
+
+
+# ==== shared block "a VOC annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
 def read_boxes(xml_path, names, size):
     """A VOC annotation -> boxes (K, 4) int32 x0, y0, x1, y1 (0-based, half-open, clipped) and classes (K,) uint8.
 
-    names: class_names(...), background first; size: (H, W) of the image. VOC's corners are 1-based and inclusive, some
-    are floats. Objects marked difficult are kept: they are there in the picture. Raises BadInput.
+    names: class_names(...), background first; size: (H, W) of the image, None: unknown. VOC's corners are 1-based and
+    inclusive, some are floats. Objects marked difficult are kept: they are there in the picture. Raises BadInput.
     """
     try:
         root = ElementTree.parse(xml_path).getroot()
     except FileNotFoundError:
         raise BadInput(f"no annotation {xml_path}") from None
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
-        raise BadInput(f"{xml_path}: not readable XML ({error}): fetch it again or take its id off the list") from None
+        raise BadInput(f"{xml_path}: not readable XML ({error}): export it again or take its id off the list") from None
+    things = root.findall("object")  # direct children only, here and below: a <part> inside is no object
+    # A web page, CVAT's own XML, objects in a wrapper or a namespace, <Object>: to find nothing there would be wrong.
+    tags = [element.tag.rpartition("}")[2].lower() for element in root.iter()]
+    held = sum(len(root.findall(path)) for path in ("object/bndbox", "object/part/bndbox"))
+    if root.tag != "annotation" or tags.count("object") > len(things) or tags.count("bndbox") > held:
+        raise BadInput(f"{xml_path}: <{root.tag}> is not VOC's form, in which <annotation> holds each <object> and "
+                       "that its <bndbox>: export it as Pascal VOC")
+    for element in root.findall("size") if size else ():
+        check_size((only(element, "width", xml_path), only(element, "height", xml_path)), size, xml_path)
     boxes, classes = [], []
-    for thing in root.findall("object"):  # direct children only, here and below: a <part> inside is no object
-        name = (thing.findtext("name") or "").strip()
+    for thing in things:
+        if not (len(thing) or thing.attrib or (thing.text or "").strip()):
+            continue  # <object/>: how some say that there is none
+        name = only(thing, "name", xml_path)
         if name not in names[1:]:
-            raise BadInput(f"{xml_path}: unknown class {name!r}; known are {', '.join(names[1:])}")
+            raise BadInput(f"{xml_path}: " + (f"unknown class {name!r}" if name else "an object without a name")
+                           + f"; known are {', '.join(names[1:])}")
+        only(thing, "bndbox", xml_path)
         try:
-            corners = [float(thing.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            box = thing.find("bndbox")
+            corners = [float(only(box, key, xml_path)) for key in ("xmin", "ymin", "xmax", "ymax")]
             xmin, ymin, xmax, ymax = (int(np.floor(corner + 0.5)) for corner in corners)  # int() refuses nan and inf
-        except (TypeError, ValueError, OverflowError):
-            raise BadInput(f"{xml_path}: a {name} without xmin, ymin, xmax, ymax in its bndbox: mend it") from None
-        boxes.append(clip_box((xmin - 1, ymin - 1, xmax, ymax), size, xml_path))
+        except (AttributeError, ValueError, OverflowError):
+            raise BadInput(f"{xml_path}: a {name} without xmin, ymin, xmax, ymax in its bndbox: fix it") from None
+        if max(corners) <= 1 and min(corners) < 1:
+            raise BadInput(f"{xml_path}: the box {corners} lies in 0..1, as a share of the picture: wanted pixels")
+        boxes.append(clip_box((xmin - 1, ymin - 1, xmax, ymax), size or (2 ** 31 - 1,) * 2, xml_path))
         classes.append(names.index(name))
     return np.array(boxes, np.int32).reshape(-1, 4), np.array(classes, np.uint8)
 
 
+def require_a_box(paths, names):
+    """Refuses annotations that together hold no box; reads them up to the first that does, or that cannot be read."""
+    try:
+        for count, path in enumerate(paths, 1):
+            if len(read_boxes(path, names, None)[0]):
+                return
+    except BadInput:
+        return  # it is reported with its image
+    raise BadInput(f"{path}: no object in it, nor in any other of the list ({count}): export the boxes again")
+# ==== end of shared block
+
+
+# ==== shared block "boxes to a map": equal to the byte in grabcut_labels.py and mcg_candidates.py
 def larger_first(boxes):
     """Order in which boxes are painted, so that the smaller one ends up on top (Sect. 3.1)."""
     boxes = np.asarray(boxes, np.int64).reshape(-1, 4)
@@ -308,7 +505,48 @@ def grabcut_mask(image, boxes, classes, share=True, **options):
 
 
 # ---------------------------------------------------------------- labels for a list of images
-# ==== shared block "a few ahead": equal to the byte in grabcut_labels.py and mcg_candidates.py
+# ==== shared block "a folder of one make": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def claim_folder(folder, images, names, method, **more):
+    """Makes the folder and its source.json; a folder of other pictures, classes, method or anything else that its files
+    depend on (more) is refused."""
+    def from_there(path):
+        try:
+            return os.path.relpath(Path(path).resolve(), Path(folder).resolve())
+        except ValueError:  # another drive of Windows
+            return str(Path(path).resolve())
+
+    keep_apart([Path(folder)], [Path(images)])
+    source = {"images": from_there(images), "class_names": list(names), "method": method, **more}
+    path = Path(folder) / "source.json"
+    there = read_source(folder) if path.exists() else None
+    # A source.json that names pictures which are not there came along when the folder was copied here, as are parts
+    # that several machines have made: the pictures are ours, the rest has to agree.
+    moved = there and not there["images"].is_dir()
+    if there:
+        there["images"] = source["images"] if moved else from_there(there["images"])
+        for key in source:
+            if there.get(key, source[key]) != source[key]:  # an older version wrote fewer keys
+                raise BadInput(f"{path}: made with other {key} ({there[key]}, not {source[key]}): repeat that, name "
+                               "another folder (--out; --labels or --candidates when training), or delete this one")
+    if not there or moved:
+        with writing(path) as temporary:
+            Path(temporary).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+# ==== end of shared block
+
+
+# ==== shared block "a long job": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def one_line(error):
+    """An exception as a line, with its kind where it is none of ours."""
+    return ("" if isinstance(error, BadInput) else f"{type(error).__name__}: ") + " ".join(str(error).split())
+
+
+def say_notes(notes):
+    """{what: [ids of the images that have it]} -> a line each on stderr, with the first ids."""
+    for what, ids in sorted(notes.items()):
+        more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+        print(f"{len(ids)} images have {what}: {', '.join(sorted(ids)[:5])}{more}", file=sys.stderr)
+
+
 def a_few_ahead(ids, submit, ahead):
     """Yields id and job as jobs end, whatever their order, None for a job where nothing was to be done.
 
@@ -331,41 +569,59 @@ def a_few_ahead(ids, submit, ahead):
 # ==== end of shared block
 
 
+GRABCUT = dict(share=True, iterations=5, margin=0.1, working_size=240, min_fill=0.15, colours="lab")
+
+
 def label_paths(voc, out=None, detector=False):
     """Folders of B and M: beside SegmentationClass, or under out. Labels from detected boxes never mix with others."""
     suffix = "-detector" if detector else ""
     return [Path(out or voc) / (name + suffix) for name in ("BoxMasks", "GrabCutMasks")]
 
 
+def claim_labels(folders, voc, ids, names, boxes, options):
+    """The folders of B and M, for labels of these boxes and GrabCut options -> options, all of them. Those not given
+    are the ones with which the folder was made, so that whatever is missing is made like the rest."""
+    there = read_source(folders[1]) if (folders[1] / "source.json").exists() else {}
+    options = {key: options.get(key, there.get(key, default)) for key, default in GRABCUT.items()}
+    for folder, more in zip(folders, ({}, options)):
+        if not (folder / "source.json").exists() and any((folder / f"{i}.png").exists() for i in ids):
+            print(f"{folder}: labels of unknown make (no source.json) are there and stay; what is missing is made of "
+                  f"{boxes}", file=sys.stderr)
+        else:
+            claim_folder(folder, voc / "JPEGImages", names, "grabcut" if more else "boxes", boxes=boxes, **more)
+    return options
+
+
 def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     """Makes B and M of the images where either is missing, on all cores, with a progress bar on stderr.
 
     voc: folder with JPEGImages; out: see label_paths; workers: threads (default: one per core); detect: None for the
-    annotation's boxes, or a function image -> boxes, classes; options: grabcut_mask's. Returns {"made", "skipped":
-    counts of images, "boxes": count, "fallbacks": {reason: count of boxes}, "failures": ["id: what is wrong"]}.
+    annotation's boxes, or a function image -> boxes, classes; options: some of GRABCUT. Returns {"made", "skipped":
+    counts of images, "boxes": count, "classes": {name: count of boxes}, "fallbacks": {reason: count of boxes}, "notes":
+    see say_notes, "failures": ["id: what is wrong"], "source": what the labels depend on}.
     """
-    names, folders = class_names(voc), label_paths(voc, out, detect is not None)
-    try:
-        for folder in folders:
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot be made ({error.strerror}): name another folder by --out") from None
+    voc, names, folders = Path(voc), class_names(voc), label_paths(voc, out, detect is not None)
+    boxes_from = "Annotations" if detect is None else getattr(detect, "source", "detector")
+    if detect is None and ids:
+        require_a_box((voc / "Annotations" / f"{i}.xml" for i in ids), names)
+    options = claim_labels(folders, voc, ids, names, boxes_from, options)
     detecting = threading.Lock()
 
     def label(image_id):
-        image = read_image(Path(voc) / "JPEGImages" / f"{image_id}.jpg")                          # (H, W, 3)
+        image = read_image(find_image(voc / "JPEGImages", image_id))                              # (H, W, 3)
         size = image.shape[:2]
         if detect is None:
-            boxes, classes = read_boxes(Path(voc) / "Annotations" / f"{image_id}.xml", names, size)
+            boxes, classes = read_boxes(voc / "Annotations" / f"{image_id}.xml", names, size)
         else:
             with detecting:  # one image at a time on the detector's device; GrabCut goes on beside it
                 boxes, classes = detect(image)
         mask, fallbacks = grabcut_mask(image, boxes, classes, **options)
         write_label(folders[0] / f"{image_id}.png", box_mask(boxes, classes, size))
         write_label(folders[1] / f"{image_id}.png", mask)
-        return fallbacks
+        return classes, fallbacks
 
-    summary = {"made": 0, "skipped": 0, "boxes": 0, "fallbacks": Counter(), "failures": []}
+    summary = {"made": 0, "skipped": 0, "boxes": 0, "classes": Counter(), "fallbacks": Counter(), "notes": {},
+               "failures": [], "source": {"class_names": names, "boxes": boxes_from, **options}}
     threads_before = cv2.getNumThreads()
     cv2.setNumThreads(1)  # each image on one core; OpenCV lets go of Python's lock, so threads serve as processes would
     workers = workers or os.cpu_count()
@@ -383,18 +639,24 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
                     summary["skipped"] += 1
                     continue
                 try:
-                    fallbacks = job.result()
-                except (BadInput, cv2.error) as error:  # one bad image does not stop the others
-                    summary["failures"].append(f"{image_id}: {' '.join(str(error).split())}")
+                    classes, fallbacks = job.result()
+                except CannotWrite:
+                    raise
+                except Exception as error:  # one bad image does not stop the others, whatever is bad in it
+                    summary["failures"].append(f"{image_id}: {one_line(error)}")
                     tqdm.write(summary["failures"][-1], file=sys.stderr)
                     continue
                 summary["made"] += 1
                 summary["boxes"] += len(fallbacks)
+                summary["classes"].update(names[c] for c in classes)
                 summary["fallbacks"].update(why for why in fallbacks if why)
+                if not fallbacks:
+                    summary["notes"].setdefault("no box, all background", []).append(image_id)
     finally:  # also on Ctrl-C: what is running is finished, what is waiting is dropped
         pool.shutdown(cancel_futures=True)
         cv2.setNumThreads(threads_before)
-    summary["fallbacks"] = dict(summary["fallbacks"])
+    say_notes(summary["notes"])
+    summary["classes"], summary["fallbacks"] = dict(summary["classes"]), dict(summary["fallbacks"])
     summary["failures"].sort()
     return summary
 
@@ -424,6 +686,8 @@ def make_detector(names, name="fasterrcnn_resnet50_fpn_v2", weights=None, device
     classes_of = torch.tensor([names.index(c) if c in names[1:] else 0 for c in categories])      # (91,), 0: none
     if not classes_of.any():
         raise BadInput("--boxes detector: no class in class_names.txt has a COCO name: use --boxes annotation")
+    if unknown := [name for name in names[1:] if name not in categories]:
+        print(f"{name} knows no {', '.join(unknown)}: no box of that will be found", file=sys.stderr)
     try:
         if weights is None:
             network = getattr(detection, name)(weights=pretrained)
@@ -450,6 +714,7 @@ def make_detector(names, name="fasterrcnn_resnet50_fpn_v2", weights=None, device
         inside = (boxes[:, :2] < boxes[:, 2:]).all(1)
         return boxes[inside], classes[keep].numpy().astype(np.uint8)[inside]
 
+    detect.source = f"{name} ({Path(weights).name if weights else 'COCO'}) from {threshold}"
     return detect
 
 
@@ -534,11 +799,8 @@ def show_mask(path, corners, out=None, **options):
     for panel in panels[:2]:
         cv2.rectangle(panel, (x0, y0), (x1 - 1, y1 - 1), (255, 60, 60), thick)
     target = (Path(out) if out else Path(path).parent) / f"{Path(path).stem}_grabcut.png"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.hstack(panels)).save(target)
-    except OSError as error:
-        raise BadInput(f"{target}: cannot be written ({error.strerror}): name another folder by --out") from None
+    with writing(target) as temporary:
+        Image.fromarray(np.hstack(panels)).save(temporary, "PNG")
     return target, float(mask[y0:y1, x0:x1].mean()), why
 
 
@@ -614,6 +876,8 @@ def main():
         return 0
 
     voc = find_voc(arguments.data)
+    if arguments.fill_rates:
+        keep_apart([Path(f"{arguments.fill_rates}.{ending}") for ending in ("json", "png")], [voc / "JPEGImages"])
     lists = voc / "ImageSets" / "Segmentation"
     split = arguments.split or ("trainaug" if (lists / "trainaug.txt").exists() else "train")
     path = Path(arguments.list) if arguments.list else lists / f"{split}.txt"
@@ -633,20 +897,25 @@ def main():
         total = sum(fallbacks.values())
         print(f"{summary['boxes']} boxes, {total} not at the first attempt ({100 * total / summary['boxes']:.1f} %)"
               + (f": {reasons}" if reasons else ""))
+    if summary["made"] and (without := [name for name in class_names(voc)[1:] if name not in summary["classes"]]):
+        print(f"no box of {', '.join(without)}" + " among those made now" * bool(summary["skipped"]))
     if arguments.fill_rates:
         made = [i for i in ids if all((folder / f"{i}.png").exists() for folder in folders)]
         table = fill_rate_table(folders, made, class_names(voc))
-        Path(f"{arguments.fill_rates}.json").write_text(json.dumps(table, indent=1) + "\n")
-        Image.fromarray(draw_fill_rates(table)).save(f"{arguments.fill_rates}.png")
+        with writing(f"{arguments.fill_rates}.json") as temporary:
+            Path(temporary).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        with writing(f"{arguments.fill_rates}.png") as temporary:
+            Image.fromarray(draw_fill_rates(table)).save(temporary, "PNG")
         print(f"filling rates: {arguments.fill_rates}.json, {arguments.fill_rates}.png")
     if failures:
-        print(f"{len(failures)} of {len(ids)} images got no labels; mend them or take them off the list and run again:",
+        print(f"{len(failures)} of {len(ids)} images got no labels; fix them or take them off the list and run again:",
               *failures, sep="\n  ", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that a pipe's encoding lacks, on Windows
     try:
         sys.exit(main())
     except BadInput as error:

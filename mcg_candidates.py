@@ -17,7 +17,8 @@ Writes  VOC2012/Candidates-mcg/<id>.npz (-ss, -gop), 3,500 segments at most, bes
     candidate_boxes  (N, 4) int32   the segments' tight boxes: x0, y0, x1, y1, 0-based, half-open
     boxes, classes   (K, 4) int32, (K,) uint8   the annotation's, as in grabcut_labels.py
     <id>.png                       with --masks instead of <id>.npz: class index per pixel, as in SegmentationClass
-    source.json      {"images": where the pictures are, from that folder on; "class_names": [...]; "method": ...}
+    source.json      {"images": where the pictures are, from that folder on; "class_names": [...]; "method": ...;
+                     "boxes": "Annotations" or the JSON's name; "max_candidates": ...}: a run with others is refused
 
 A segment has no class yet: which one a box takes is the training's affair (train_boxsup.py, Eq. 2 to 4). The segments
 come from the pixels alone. No learned model is shipped: the published MCG reads contours from a structured forest and
@@ -27,16 +28,19 @@ interrupted at any time. Delete the folder to make it anew. Expect 1.2 s (mcg), 
 and about 100 KB for a picture of VOC's size.
 """
 import argparse
+import contextlib
 import heapq
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
 import zipfile
 import zlib
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -44,7 +48,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 # ==== shared block "VOC on disk": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
@@ -56,6 +60,10 @@ class BadInput(Exception):
     """What the user gave cannot be used; the message is one line that names the file and the remedy."""
 
 
+class CannotWrite(BadInput):
+    """A full disk or a folder that may not be written: the end of a job that goes on after a single bad image."""
+
+
 def find_voc(data):
     """--data (a VOCdevkit, or the VOC2012 folder in it) -> Path of the folder that holds JPEGImages."""
     for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
@@ -64,55 +72,134 @@ def find_voc(data):
     raise BadInput(f"no VOC data in {data}: wanted {data}/VOC2012/JPEGImages")
 
 
-def class_names(voc):
-    """VOC's 21 names, or those of a class_names.txt beside JPEGImages (one a line, background first)."""
-    path = Path(voc) / "class_names.txt"
-    names = path.read_text().split("\n") if path.exists() else VOC_CLASSES
-    names = [name.strip() for name in names if name.strip()]
+def read_text(path):
+    """A text file -> str, lines end in "\\n". UTF-8 whatever the system, or UTF-16, which needs its byte order mark."""
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise BadInput(f"{path}: not text in UTF-8: save it in that encoding")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_names(path):
+    """A file of class names, one a line, background first -> list."""
+    names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
     if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
         raise BadInput(f"{path}: wanted 2 to 255 different names, one a line, background first")
     return names
 
 
-def read_list(path):
-    """An ImageSets list -> image ids in order. The first word of each line is the id; empty lines are skipped."""
-    if not Path(path).is_file():
-        raise BadInput(f"no image list {path}: write one id a line (file names without .jpg)")
-    ids = [line.split()[0] for line in Path(path).read_text().splitlines() if line.strip()]
-    if not ids or len(set(ids)) < len(ids):
-        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": wanted one id a line")
-    return ids
+def class_names(voc):
+    """VOC's 21 names, or those of a class_names.txt beside JPEGImages (one a line, background first)."""
+    path = Path(voc) / "class_names.txt"
+    return read_names(path) if path.exists() else list(VOC_CLASSES)
 # ==== end of shared block
 
 
-# ==== shared block "pictures and labels": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+# ==== shared block "ids of images": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"  # of pictures, in small letters or in capitals
+
+
+def image_id(text, where):
+    """What a list calls an image -> its id: the picture's path below JPEGImages without its ending, as in day1/a."""
+    endings, name = "|".join(ENDINGS).replace(".", r"\."), text
+    if columns := re.fullmatch(rf"(.+?)({endings})\s+(.*[/\\])?(.+)\.(png|xml)", name, re.I):  # DeepLab's lists
+        name = columns[1]
+        if re.split(r"[/\\]", name)[-1] != columns[4]:
+            raise BadInput(f"{where}: {text[:99]!r} are two names: wanted one image a line")
+    name = re.sub(r"^(\./)?(/?((VOCdevkit/)?VOC2012/)?JPEGImages/)?", "", name.replace("\\", "/"))
+    parts = re.sub(rf"({endings})$", "", name, flags=re.I).split("/")
+    long = max(len(part.encode("utf-8", "replace")) for part in parts) > 230  # with an ending too long for a file name
+    if long or {"", ".", ".."} & set(parts) or parts[0][1:2] == ":":
+        raise BadInput(f"{where}: {text[:99]!r} is no id: wanted a picture's name, or its path below JPEGImages")
+    return "/".join(parts)
+
+
+def read_list(path):
+    """An ImageSets list -> image ids in order: see image_id(). One a line, which may hold spaces."""
+    if not Path(path).is_file():
+        raise BadInput(f"no image list {path}: write one id a line (file names without .jpg)")
+    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    unflagged = {re.sub(r"\s+(-1|0|1)$", "", line) for line in lines}
+    if lines and len(unflagged) == len(lines) and unflagged.isdisjoint(lines):
+        raise BadInput(f"{path}: a second column of 1, 0, -1, as in VOC's lists of one class (dog_train.txt): keep the "
+                       "lines that you want, and only their ids")
+    ids = [image_id(line, path) for line in lines]
+    if not ids or len(set(ids)) < len(ids):
+        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": wanted one id a line")
+    return ids
+
+
+def find_image(folder, name):
+    """The picture of an id, whatever its ending (where there is none, what .jpg would be called). Two are refused."""
+    paths = [Path(folder) / f"{name}{ending}" for small in ENDINGS for ending in (small, small.upper())]
+    found = [path for path in paths if path.is_file()] or paths[:1]
+    for other in found[1:]:
+        if not other.samefile(found[0]):  # it is where capitals do not count
+            raise BadInput(f"{found[0]} and {other.name} have one id: rename one, or move it out of {folder}")
+    return found[0]
+# ==== end of shared block
+
+
+# ==== shared block "a picture": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
+UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
+                          "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
+
+
+def read_image(path):
+    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
+    try:
+        with Image.open(path) as file:
+            file.load()  # raises on a cut-off JPEG
+            mode, image = file.mode, file.convert("RGB")
+            try:
+                turn = UPRIGHT.get(file.getexif().get(0x0112))
+            except Exception:  # odd EXIF: other programs show such a picture as it is stored, too
+                turn = None
+    except FileNotFoundError:
+        raise BadInput(f"no image {path}") from None
+    except Exception as error:  # broken bytes make decoders raise nearly anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"{path}: not a readable image ({why}): replace it or take its id off the list") from None
+    if mode[0] in "IF":  # what their black and white are is not said; Pillow would cut at 255
+        raise BadInput(f"{path}: its pixels have more than 8 bits ({mode}): save it with 8 bits a channel")
+    return np.array(image.transpose(Image.Transpose[turn]) if turn else image)
+# ==== end of shared block
+
+
+# ==== shared block "label maps": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
 def voc_palette():
     """VOC's colours, (256, 3) uint8: bits 0, 1, 2 of the index give the high bit of R, G, B, bits 3, 4, 5 the next."""
     bits = [[(np.arange(256) >> (3 * k + c) & 1) << (7 - k) for k in range(3)] for c in range(3)]
     return np.array(bits).sum(1).T.astype(np.uint8)
 
 
-def read_image(path):
-    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
-    try:
-        return np.array(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))  # Pillow raises on a cut-off JPEG
-    except FileNotFoundError:
-        raise BadInput(f"no image {path}") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{path}: not a readable image ({error}): fetch it again or take its id off the list") from None
-
-
 def read_label(path, size=None, num_classes=None):
     """A label PNG -> (H, W) uint8 class index per pixel, 255 ignored. size is (H, W) of the image it belongs to."""
     try:
-        png = Image.open(path)
-        labels = np.array(png)  # of a palette PNG the indices, not the colours
+        with Image.open(path, formats=["PNG"]) as png:  # a JPEG's indices would be blurred
+            depth = png.tile[0][3].rpartition(";")[2]  # bits a pixel where they are fewer than 8
+            labels = np.array(png.convert("L") if png.mode == "1" else png)  # of a palette PNG the indices
+            mode, palette = png.mode, np.array(png.getpalette() or [], np.uint8).reshape(-1, 3)
     except FileNotFoundError:
         raise BadInput(f"no label {path}") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise BadInput(f"{path}: not a readable PNG ({error}): make or fetch it again") from None
-    if png.mode not in ("P", "L"):
-        raise BadInput(f"{path}: a {png.mode} picture, not class indices: save it as an 8-bit palette PNG")
+    except Exception as error:  # broken bytes make decoders raise nearly anything
+        raise BadInput(f"{path}: not a readable PNG ({' '.join(str(error).split())}): make it again") from None
+    if mode not in ("P", "L", "1"):
+        raise BadInput(f"{path}: a {mode} picture, not class indices: save it as an 8-bit palette PNG")
+    if mode != "P" and depth in ("1", "2", "4"):
+        labels //= 255 // (2 ** int(depth) - 1)  # Pillow has spread them over 0..255
+    colours, classes = voc_palette(), [*range(num_classes or 21), 255]
+    if mode == "P" and not np.array_equal(palette, colours[:len(palette)]):  # then colours must not say another class
+        used = [index for index in np.flatnonzero(np.bincount(labels.ravel())) if index < len(palette)]
+        said = [[c for c in classes if np.array_equal(colours[c], palette[index])] for index in used]
+        if all(said) and sum(said, []) != used and len(set(map(tuple, said))) == len(used):
+            raise BadInput(f"{path}: its colours are VOC's, its indices are not: save it with VOC's palette in order")
     if size is not None and labels.shape != tuple(size):
         raise BadInput(f"{path}: {labels.shape[1]}x{labels.shape[0]}, its image {size[1]}x{size[0]}: make it again")
     if num_classes is not None and (worst := labels[labels < 255].max(initial=0)) >= num_classes:
@@ -120,54 +207,165 @@ def read_label(path, size=None, num_classes=None):
     return labels
 
 
+def require_a_class(paths):
+    """Refuses label PNGs that together hold no class but background; reads them up to the first that does."""
+    for count, path in enumerate(paths, 1):
+        if (read_label(path) % 255).any():
+            return
+    raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' indices "
+                   "(255 is ignored: in masks of 0 and 255 replace it by the class's index)")
+
+
 def write_label(path, labels):
-    """(H, W) class indices -> 8-bit palette PNG, under a temporary name first, so that no half file is ever seen."""
+    """(H, W) class indices -> 8-bit palette PNG."""
     png = Image.fromarray(np.asarray(labels, np.uint8), "L")
     png.putpalette(voc_palette().tobytes())  # makes it mode P, indices unchanged
+    with writing(path) as temporary:
+        png.save(temporary, "PNG")
+# ==== end of shared block
+
+
+# ==== shared block "what was made": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+@contextlib.contextmanager
+def writing(path):
+    """A temporary name, under which to write the file: no half file is ever seen. Makes its folder, too."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    png.save(temporary, "PNG")
-    os.replace(temporary, path)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror or error}): make room, or name another place "
+                          "to write to (such as --out)") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def read_source(folder):
+    """A folder of candidates or labels -> its source.json: {"images": Path of the folder of its pictures,
+    "class_names", "method", and what else they depend on}."""
+    path = Path(folder) / "source.json"
+    if not path.is_file():
+        raise BadInput(f"no {path}: {folder} holds no candidates: make them by mcg_candidates.py")
+    try:
+        source = json.loads(read_text(path))
+        return source | {"images": Path(folder) / source["images"], "class_names": list(source["class_names"]),
+                         "method": str(source["method"])}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: not what mcg_candidates.py or grabcut_labels.py writes ({error}): delete {folder}, "
+                       "make it again") from None
+
+
+def check_classes(folder, names):
+    """Refuses a folder of labels that was made with other class names: its indices would mean other classes."""
+    there = read_source(folder)["class_names"] if (Path(folder) / "source.json").exists() else names
+    if there != names:
+        raise BadInput(f"{folder}: made with other class_names ({' '.join(there)}): delete it and make it again")
+
+
+def keep_apart(outputs, inputs):
+    """Refuses files and folders to write to that are read from, or files to write in a folder that is read from."""
+    for out in filter(None, outputs):
+        for source in filter(None, inputs):
+            for path in (out, out.parent) if out.suffix else (out,):
+                if path.exists() and source.exists() and path.samefile(source):
+                    raise BadInput(f"{out}: writing there would overwrite what is read from {source}: name another")
 # ==== end of shared block
 
 
 # ==== shared block "boxes of an annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def check_size(said, size, where):
+    """What an annotation says of its picture's size, (width, height), against the picture's own (H, W)."""
+    try:
+        said = [float(number or 0) for number in said]
+    except (TypeError, ValueError):  # "null", "unknown": nothing is said
+        return
+    # Off by one is let pass: some tools that wrote VOC files round a resized picture's size up, others down, or take
+    # the last pixel's number for it; such boxes are off by a pixel at most. 0 and nothing are what others write.
+    if any(number > 0 and abs(number - pixels) > 1 for number, pixels in zip(said, size[::-1])):
+        turned = abs(said[0] - size[0]) <= 1 and abs(said[1] - size[1]) <= 1
+        raise BadInput(f"{where}: says {said[0]:g}x{said[1]:g}, but the picture is {size[1]}x{size[0]}: " + (
+            "if EXIF turns it and the boxes do not, take the orientation out (exiftool -Orientation= FILE), otherwise "
+            "correct the size" if turned else "annotate it as it is, or put back the picture that was annotated"))
+
+
 def clip_box(corners, size, where):
     """Corners x0, y0, x1, y1 (0-based, half-open, any order of magnitude) -> the four ints, clipped to (H, W)."""
     x0, y0, x1, y1 = corners
     height, width = size
     clipped = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
     if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-        raise BadInput(f"{where}: box {x0} {y0} {x1} {y1} has no area inside the {width}x{height} image: mend it")
+        raise BadInput(f"{where}: box {x0} {y0} {x1} {y1} has no area inside the {width}x{height} image: fix it")
     return clipped
 
 
+def only(parent, tag, where):
+    """The text of the one child of that name, "" where there is none; of two, neither may be dropped."""
+    found = parent.findall(tag)
+    if len(found) > 1:
+        raise BadInput(f"{where}: <{parent.tag}> has several <{tag}>: write an <object> of its own for each box")
+    return (found[0].text or "").strip() if found else ""
+# ==== end of shared block
+
+
+# ==== shared block "a VOC annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
 def read_boxes(xml_path, names, size):
     """A VOC annotation -> boxes (K, 4) int32 x0, y0, x1, y1 (0-based, half-open, clipped) and classes (K,) uint8.
 
-    names: class_names(...), background first; size: (H, W) of the image. VOC's corners are 1-based and inclusive, some
-    are floats. Objects marked difficult are kept: they are there in the picture. Raises BadInput.
+    names: class_names(...), background first; size: (H, W) of the image, None: unknown. VOC's corners are 1-based and
+    inclusive, some are floats. Objects marked difficult are kept: they are there in the picture. Raises BadInput.
     """
     try:
         root = ElementTree.parse(xml_path).getroot()
     except FileNotFoundError:
         raise BadInput(f"no annotation {xml_path}") from None
     except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
-        raise BadInput(f"{xml_path}: not readable XML ({error}): fetch it again or take its id off the list") from None
+        raise BadInput(f"{xml_path}: not readable XML ({error}): export it again or take its id off the list") from None
+    things = root.findall("object")  # direct children only, here and below: a <part> inside is no object
+    # A web page, CVAT's own XML, objects in a wrapper or a namespace, <Object>: to find nothing there would be wrong.
+    tags = [element.tag.rpartition("}")[2].lower() for element in root.iter()]
+    held = sum(len(root.findall(path)) for path in ("object/bndbox", "object/part/bndbox"))
+    if root.tag != "annotation" or tags.count("object") > len(things) or tags.count("bndbox") > held:
+        raise BadInput(f"{xml_path}: <{root.tag}> is not VOC's form, in which <annotation> holds each <object> and "
+                       "that its <bndbox>: export it as Pascal VOC")
+    for element in root.findall("size") if size else ():
+        check_size((only(element, "width", xml_path), only(element, "height", xml_path)), size, xml_path)
     boxes, classes = [], []
-    for thing in root.findall("object"):  # direct children only, here and below: a <part> inside is no object
-        name = (thing.findtext("name") or "").strip()
+    for thing in things:
+        if not (len(thing) or thing.attrib or (thing.text or "").strip()):
+            continue  # <object/>: how some say that there is none
+        name = only(thing, "name", xml_path)
         if name not in names[1:]:
-            raise BadInput(f"{xml_path}: unknown class {name!r}; known are {', '.join(names[1:])}")
+            raise BadInput(f"{xml_path}: " + (f"unknown class {name!r}" if name else "an object without a name")
+                           + f"; known are {', '.join(names[1:])}")
+        only(thing, "bndbox", xml_path)
         try:
-            corners = [float(thing.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            box = thing.find("bndbox")
+            corners = [float(only(box, key, xml_path)) for key in ("xmin", "ymin", "xmax", "ymax")]
             xmin, ymin, xmax, ymax = (int(np.floor(corner + 0.5)) for corner in corners)  # int() refuses nan and inf
-        except (TypeError, ValueError, OverflowError):
-            raise BadInput(f"{xml_path}: a {name} without xmin, ymin, xmax, ymax in its bndbox: mend it") from None
-        boxes.append(clip_box((xmin - 1, ymin - 1, xmax, ymax), size, xml_path))
+        except (AttributeError, ValueError, OverflowError):
+            raise BadInput(f"{xml_path}: a {name} without xmin, ymin, xmax, ymax in its bndbox: fix it") from None
+        if max(corners) <= 1 and min(corners) < 1:
+            raise BadInput(f"{xml_path}: the box {corners} lies in 0..1, as a share of the picture: wanted pixels")
+        boxes.append(clip_box((xmin - 1, ymin - 1, xmax, ymax), size or (2 ** 31 - 1,) * 2, xml_path))
         classes.append(names.index(name))
     return np.array(boxes, np.int32).reshape(-1, 4), np.array(classes, np.uint8)
 
 
+def require_a_box(paths, names):
+    """Refuses annotations that together hold no box; reads them up to the first that does, or that cannot be read."""
+    try:
+        for count, path in enumerate(paths, 1):
+            if len(read_boxes(path, names, None)[0]):
+                return
+    except BadInput:
+        return  # it is reported with its image
+    raise BadInput(f"{path}: no object in it, nor in any other of the list ({count}): export the boxes again")
+# ==== end of shared block
+
+
+# ==== shared block "boxes to a map": equal to the byte in grabcut_labels.py and mcg_candidates.py
 def larger_first(boxes):
     """Order in which boxes are painted, so that the smaller one ends up on top (Sect. 3.1)."""
     boxes = np.asarray(boxes, np.int64).reshape(-1, 4)
@@ -800,12 +998,10 @@ def write_candidates(path, superpixels, members, boxes, classes):
     number = np.empty(len(order), np.int32)
     number[order] = np.arange(len(order))
     superpixels, members = number[superpixels], np.ascontiguousarray(members[:, order])  # else saved column by column
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
+    with writing(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, superpixels=superpixels, members=np.packbits(members, axis=1),
                             candidate_boxes=tight_boxes(superpixels, members),
                             boxes=np.asarray(boxes, np.int32).reshape(-1, 4), classes=np.asarray(classes, np.uint8))
-    os.replace(temporary, path)
 
 
 def read_candidates(path, size=None, num_classes=None):
@@ -840,46 +1036,6 @@ def read_candidates(path, size=None, num_classes=None):
     return found
 
 
-def read_source(folder):
-    """A folder of candidates -> {"images": Path of the folder of its pictures, "class_names", "method"}."""
-    path = Path(folder) / "source.json"
-    try:
-        source = json.loads(path.read_text())
-        return {"images": Path(folder) / source["images"], "class_names": list(source["class_names"]),
-                "method": str(source["method"])}
-    except FileNotFoundError:
-        raise BadInput(f"no {path}: {folder} holds no candidates: make them by mcg_candidates.py") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{path}: not what mcg_candidates.py writes ({error}): delete {folder}, make it again") from None
-
-
-def claim_folder(folder, images, names, method):
-    """Makes the folder and its source.json; a folder of other pictures, classes or method is refused."""
-    source = {"images": os.path.relpath(Path(images).resolve(), Path(folder).resolve()), "class_names": list(names),
-              "method": method}
-    path = Path(folder) / "source.json"
-    there = read_source(folder) if path.exists() else None
-    # A source.json that names pictures which are not there came along when the folder was copied here, as are parts
-    # that several machines have made: the pictures are ours, the rest has to agree.
-    moved = there and not there["images"].is_dir()
-    if there:
-        there["images"] = source["images"] if moved else os.path.relpath(there["images"].resolve(),
-                                                                         Path(folder).resolve())
-        for key in source:
-            if there[key] != source[key]:
-                raise BadInput(f"{path}: made with other {key} ({there[key]}): name another folder (--out; "
-                               "--candidates when training), or delete this one")
-    if there and not moved:
-        return
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        temporary = f"{path}.{os.getpid()}.tmp"
-        Path(temporary).write_text(json.dumps(source, indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot be made ({error.strerror}): name another folder by --out") from None
-
-
 # ---------------------------------------------------------------- boxes from COCO (Tables 1, 4, 5)
 # ==== shared block "COCO's names": equal to the byte in grabcut_labels.py and mcg_candidates.py
 COCO_TO_VOC = {"airplane": "aeroplane", "motorcycle": "motorbike", "potted plant": "pottedplant", "couch": "sofa",
@@ -887,19 +1043,9 @@ COCO_TO_VOC = {"airplane": "aeroplane", "motorcycle": "motorbike", "potted plant
 # ==== end of shared block
 
 
-def read_names(path):
-    """A file of class names, one a line, background first -> list."""
-    try:
-        names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--class-names {path}: cannot be read ({error}): wanted one name a line") from None
-    if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
-        raise BadInput(f"{path}: wanted 2 to 255 different names, one a line, background first")
-    return names
-
-
 def read_coco(path, names, masks=False):
-    """A COCO instances_*.json -> {id: ([[x, y, width, height], ...], [class, ...])}, ids are the file names' stems.
+    """A COCO instances_*.json -> {id: (boxes [[x, y, width, height], ...], classes [class, ...], size (width, height)
+    as the JSON has it)}, ids are the file names' stems; and lines that say what was left out.
 
     names: class names, background first; a category takes part whose name, in COCO or in VOC, is one of them. Images
     without a box of these classes are left out. masks: not boxes but COCO's outlines, as coco_mask() takes them, crowds
@@ -909,49 +1055,73 @@ def read_coco(path, names, masks=False):
     # no segment fits. As masks they are ignored: what is in there is not said pixel by pixel.
     # PAPER SILENT: whether COCO's pictures with none of the classes are trained on, though 123,287 are counted, which
     # is all of them; left out: they hold no box.
+    if not Path(path).is_file():
+        raise BadInput(f"no --coco {path}: wanted an instances_*.json of COCO")
     try:
-        coco = json.loads(Path(path).read_text())
-        categories = {category["id"]: category["name"] for category in coco["categories"]}
-        files = {image["id"]: str(image["file_name"]) for image in coco["images"]}
+        coco = json.loads(read_text(path))
+        categories = [(category["id"], str(category["name"])) for category in coco["categories"]]
+        images = [(image["id"], str(image["file_name"]), (image.get("width"), image.get("height")))
+                  for image in coco["images"]]
         annotations = [(thing["image_id"], thing["category_id"], [float(number) for number in thing["bbox"]],
-                        thing["segmentation"] if masks else None, bool(thing.get("iscrowd")))
-                       for thing in coco["annotations"] if masks or not thing.get("iscrowd")]
-    except FileNotFoundError:
-        raise BadInput(f"no --coco {path}: wanted an instances_*.json of COCO") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadInput(f"{path}: not a COCO instances_*.json ({error!r}): fetch it again") from None
+                        thing["segmentation"] if masks else None, bool(int(thing.get("iscrowd") or 0)))
+                       for thing in coco["annotations"]]
+        for what, things in (("images", images), ("categories", categories)):
+            if twice := [key for key, count in Counter(key for key, *_ in things).items() if count > 1]:
+                raise BadInput(f"{path}: two {what} have the id {twice[0]!r}: give each an id of its own (where files "
+                               "were merged, in the annotations, too)")
+        name_of, image_of = dict(categories), {key: (file, size) for key, file, size in images}
+        unknown = [box for box in annotations if box[0] not in image_of or box[1] not in name_of]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInput(f"{path}: not a COCO instances_*.json ({one_line(error)}): export it again") from None
+    if unknown:
+        raise BadInput(f"{path}: a box of image {unknown[0][0]!r}, category {unknown[0][1]!r}, not in its lists: "
+                       "export it again with all its images and categories")
     classes = {}
-    for key, name in categories.items():
+    for key, name in categories:
         name = name if name in names[1:] else COCO_TO_VOC.get(name)
         if name in names[1:]:
             classes[key] = names.index(name)
     if not classes:
         raise BadInput(f"{path}: no category is one of the classes {', '.join(names[1:])}: see --class-names")
-    found = {}
+
+    found, left_out, ids = {}, Counter(), {}
     for image, category, box, outline, crowd in annotations:
-        if image not in files or category not in categories:
-            raise BadInput(f"{path}: a box of image {image}, category {category}, not in its lists: fetch it again")
         if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
-            raise BadInput(f"{path}: image {image} has the box {box}; wanted x, y, width, height: mend it")
-        if category in classes:
-            # ids are file names: never a path from inside the JSON
-            stem, ending = os.path.splitext(files[image].replace("\\", "/").split("/")[-1])
-            if ending != ".jpg" or not stem:
-                raise BadInput(f"{path}: image {image} is {files[image]!r}: wanted a name that ends in .jpg")
-            known = found.setdefault(stem, (image, [], []))
-            if known[0] != image:
-                raise BadInput(f"{path}: images {known[0]} and {image} both have the name {stem}.jpg: rename one")
-            known[1].append(outline if masks else box)
-            known[2].append(255 if crowd else classes[category])
-    if not found:
-        raise BadInput(f"{path}: no box of the classes {', '.join(names[1:])}: see --class-names")
-    return {stem: (boxes, kinds) for stem, (_, boxes, kinds) in found.items()}
+            raise BadInput(f"{path}: image {image} has the box {box}; wanted x, y, width, height: fix it")
+        if category not in classes:
+            left_out[f"boxes of {name_of[category]}, which is no class here"] += 1
+        elif crowd and not masks:
+            left_out["crowds (iscrowd 1)"] += 1
+        elif min(box[2:]) == 0 and not masks:
+            left_out["boxes of no size"] += 1
+        else:
+            file, size = image_of[image]
+            stem = image_id(os.path.basename(file.replace("\\", "/")), path)  # no path from inside the JSON
+            if not file.lower().endswith(ENDINGS):
+                raise BadInput(f"{path}: image {image} is {file!r}: wanted a name that ends in {', '.join(ENDINGS)}")
+            if ids.setdefault(stem, image) != image:
+                raise BadInput(f"{path}: images {ids[stem]} and {image} both have the name {stem}: rename one")
+            boxes, kinds, _ = found.setdefault(stem, ([], [], size))
+            boxes.append(outline if masks else box)
+            kinds.append(255 if crowd else classes[category])
+    notes = [f"{count} {what} left out" for what, count in left_out.most_common()]
+    if absent := [name for c, name in enumerate(names) if c and c not in classes.values()]:
+        notes.append(f"no category for {', '.join(absent)}; those of the file: {', '.join(name_of.values())}")
+    if len(found) < len(images):
+        notes.append(f"{len(images) - len(found)} of {len(images)} images left out: no box of the classes")
+    if not any(c != 255 for _, kinds, _ in found.values() for c in kinds):
+        why = "; ".join(notes) + " as crowds (iscrowd 1), if at all" * bool(found)
+        raise BadInput(f"{path}: no box of the classes {', '.join(names[1:])} ({why}): see --class-names")
+    return found, notes
 
 
 def coco_boxes(boxes, size, where):
     """COCO's x, y, width, height, floats from 0 -> (K, 4) int32 corners, half-open, clipped; never below one pixel."""
     corners = []
     for x, y, width, height in boxes:
+        if max(x + width, y + height) <= 1:
+            raise BadInput(f"{where}: the box {x} {y} {width} {height} lies in 0..1, as a share of the picture: wanted "
+                           "pixels")
         x0, y0, x1, y1 = (int(np.floor(edge + 0.5)) for edge in (x, y, x + width, y + height))
         x0, y0 = x0 - (x < size[1] == x0), y0 - (y < size[0] == y0)  # a sliver in the last column or row
         corners.append(clip_box((x0, y0, max(x1, x0 + 1), max(y1, y0 + 1)), size, where))
@@ -986,7 +1156,7 @@ def coco_outline(outline, size):
 
 def coco_mask(outlines, classes, size, where):
     """COCO's segmentations, see coco_outline() -> (H, W) uint8 label map, the smaller object on top, 255 (crowds) below
-    all others. Raises BadInput."""
+    all others; and how many outlines paint no pixel. Raises BadInput."""
     # PAPER SILENT: which of two masks of COCO that overlap is on top; the smaller, as everywhere here.
     try:
         found = [coco_outline(outline, size) for outline in outlines]
@@ -996,7 +1166,7 @@ def coco_mask(outlines, classes, size, where):
     labels = np.zeros(size, np.uint8)
     for k in sorted(range(len(found)), key=lambda k: (classes[k] != 255, -int(found[k].sum()))):
         labels[found[k]] = classes[k]
-    return labels
+    return labels, sum(not mask.any() for mask in found)
 
 
 # ---------------------------------------------------------------- candidates for a list of images
@@ -1005,44 +1175,59 @@ def candidates_folder(voc, method="mcg", out=None):
     return Path(out or Path(voc) / f"Candidates-{method}")
 
 
-def make_candidates(voc, ids, out=None, method="mcg", workers=None, max_candidates=3500):
+def make_candidates(voc, ids, out=None, method="mcg", workers=None, max_candidates=None):
     """Makes the candidates of the images that have none, on all cores, with a progress bar on stderr.
 
-    voc: folder with JPEGImages; out: see candidates_folder; workers: processes (default: one per core). Returns
-    {"made", "skipped": counts of images, "candidates", "boxes": counts, "failures": ["id: what is wrong"]}.
+    voc: folder with JPEGImages; out: see candidates_folder; workers: processes (default: one per core); max_candidates:
+    an image (default: as in the folder, or 3,500). Returns {"made", "skipped": counts of images, "candidates", "boxes":
+    counts, "notes": see say_notes, "failures": ["id: what is wrong"]}.
     """
-    voc = Path(voc)
-    return make_all(candidates_folder(voc, method, out), voc / "JPEGImages", class_names(voc), ids,
-                    lambda i: voc / "Annotations" / f"{i}.xml", method, workers, max_candidates)
+    voc, names, folder = Path(voc), class_names(voc), candidates_folder(voc, method, out)
+    complete = all((folder / f"{i}.npz").exists() for i in ids)  # then their boxes may be from elsewhere, as COCO's are
+    if not complete:
+        require_a_box((voc / "Annotations" / f"{i}.xml" for i in ids), names)
+    return make_all(folder, voc / "JPEGImages", names, ids, lambda i: voc / "Annotations" / f"{i}.xml",
+                    {} if complete else {"boxes": "Annotations"}, method, workers, max_candidates)
 
 
 def make_coco_candidates(path, images, out, names=VOC_CLASSES, shard="1/1", method="mcg", workers=None,
-                         max_candidates=3500):
+                         max_candidates=None):
     """The same for the pictures of a COCO instances_*.json (path) in the folder images, with the boxes of `names`;
     method "masks": no candidates, but COCO's own masks, as label PNGs."""
-    found = read_coco(path, names, method == "masks")
+    found, notes = read_coco(path, names, method == "masks")
     if not Path(images).is_dir():
         raise BadInput(f"no folder --images {images}: wanted the pictures that {path} names")
-    ids = take_shard(list(found), shard)
-    return make_all(Path(out), images, names, ids, found.get, method, workers, max_candidates)
+    summary = make_all(Path(out), images, names, take_shard(list(found), shard), found.get,
+                       {"boxes": Path(path).name}, method, workers, max_candidates)
+    print(*(f"{path}: {note}" for note in notes), sep="\n", file=sys.stderr)
+    return summary
 
 
-def make_one(target, picture, annotation, names, method, max_candidates):
-    """One image, in a process of its own -> numbers of candidates and boxes."""
+def make_one(target, images, name, annotation, names, method, max_candidates):
+    """One image, in a process of its own -> numbers of candidates and boxes, and what say_notes() is to say of it."""
+    picture = find_image(images, name)
     image = read_image(picture)                                                                   # (H, W, 3) uint8
     if isinstance(annotation, Path):
         boxes, classes = read_boxes(annotation, names, image.shape[:2])
     else:
-        boxes, classes = coco_boxes(annotation[0], image.shape[:2], picture), annotation[1]
+        boxes, classes, size = annotation
+        check_size(size, image.shape[:2], f"the JSON's {picture.name}")
+        boxes = coco_boxes(boxes, image.shape[:2], picture)
     superpixels, members = METHODS[method](image, max_candidates)
     write_candidates(target, superpixels, members[:max_candidates], boxes, classes)
-    return len(members[:max_candidates]), len(boxes)
+    return len(members[:max_candidates]), len(boxes), [] if len(boxes) else ["no box, all background"]
 
 
-def draw_one(target, picture, annotation, *_):
-    """COCO's masks of one image -> 0 candidates, number of objects."""
-    write_label(target, coco_mask(*annotation, read_image(picture).shape[:2], picture))
-    return 0, len(annotation[1])
+def draw_one(target, images, name, annotation, *_):
+    """COCO's masks of one image -> 0 candidates, number of objects, notes."""
+    picture, (outlines, classes, size) = find_image(images, name), annotation
+    image = read_image(picture)
+    check_size(size, image.shape[:2], f"the JSON's {picture.name}")
+    labels, unpainted = coco_mask(outlines, classes, image.shape[:2], picture)
+    if not labels.any():
+        raise BadInput(f"{picture}: none of its {len(classes)} outlines in the JSON paints a pixel: export them again")
+    write_label(target, labels)
+    return 0, len(classes), ["an outline that paints no pixel"] * bool(unpainted)
 
 
 def one_core():
@@ -1054,7 +1239,48 @@ def one_core():
     threading.Thread(target=lambda: (first.join(), os._exit(1)), daemon=True).start()
 
 
-# ==== shared block "a few ahead": equal to the byte in grabcut_labels.py and mcg_candidates.py
+# ==== shared block "a folder of one make": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def claim_folder(folder, images, names, method, **more):
+    """Makes the folder and its source.json; a folder of other pictures, classes, method or anything else that its files
+    depend on (more) is refused."""
+    def from_there(path):
+        try:
+            return os.path.relpath(Path(path).resolve(), Path(folder).resolve())
+        except ValueError:  # another drive of Windows
+            return str(Path(path).resolve())
+
+    keep_apart([Path(folder)], [Path(images)])
+    source = {"images": from_there(images), "class_names": list(names), "method": method, **more}
+    path = Path(folder) / "source.json"
+    there = read_source(folder) if path.exists() else None
+    # A source.json that names pictures which are not there came along when the folder was copied here, as are parts
+    # that several machines have made: the pictures are ours, the rest has to agree.
+    moved = there and not there["images"].is_dir()
+    if there:
+        there["images"] = source["images"] if moved else from_there(there["images"])
+        for key in source:
+            if there.get(key, source[key]) != source[key]:  # an older version wrote fewer keys
+                raise BadInput(f"{path}: made with other {key} ({there[key]}, not {source[key]}): repeat that, name "
+                               "another folder (--out; --labels or --candidates when training), or delete this one")
+    if not there or moved:
+        with writing(path) as temporary:
+            Path(temporary).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
+# ==== end of shared block
+
+
+# ==== shared block "a long job": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def one_line(error):
+    """An exception as a line, with its kind where it is none of ours."""
+    return ("" if isinstance(error, BadInput) else f"{type(error).__name__}: ") + " ".join(str(error).split())
+
+
+def say_notes(notes):
+    """{what: [ids of the images that have it]} -> a line each on stderr, with the first ids."""
+    for what, ids in sorted(notes.items()):
+        more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
+        print(f"{len(ids)} images have {what}: {', '.join(sorted(ids)[:5])}{more}", file=sys.stderr)
+
+
 def a_few_ahead(ids, submit, ahead):
     """Yields id and job as jobs end, whatever their order, None for a job where nothing was to be done.
 
@@ -1077,11 +1303,15 @@ def a_few_ahead(ids, submit, ahead):
 # ==== end of shared block
 
 
-def make_all(folder, images, names, ids, annotation_of, method="mcg", workers=None, max_candidates=3500):
-    """Candidates of images/<id>.jpg -> folder/<id>.npz, for each id; annotation_of(id): XML path, or COCO's boxes. With
-    method "masks" COCO's masks -> folder/<id>.png."""
-    claim_folder(folder, images, names, method)
-    summary = {"made": 0, "skipped": 0, "candidates": 0, "boxes": 0, "failures": []}
+def make_all(folder, images, names, ids, annotation_of, source, method="mcg", workers=None, max_candidates=None):
+    """Candidates of images/<id>.jpg -> folder/<id>.npz, for each id; annotation_of(id): XML path, or COCO's boxes;
+    source: {"boxes": where these are from}. With method "masks" COCO's masks -> folder/<id>.png."""
+    if method != "masks":
+        there = read_source(folder) if (Path(folder) / "source.json").exists() else {}
+        max_candidates = max_candidates or there.get("max_candidates", 3500)
+        source = source | {"max_candidates": max_candidates}
+    claim_folder(folder, images, names, method, **source)
+    summary = {"made": 0, "skipped": 0, "candidates": 0, "boxes": 0, "notes": {}, "failures": []}
     workers = workers or os.cpu_count()
     # Processes, since much of the work is Python's own. Fresh ones, not forks: a fork of a process in which torch's
     # threads or CUDA have run may hang. The variable is read by the workers, as they load NumPy.
@@ -1095,7 +1325,7 @@ def make_all(folder, images, names, ids, annotation_of, method="mcg", workers=No
     def submit(image_id):
         target = Path(folder) / f"{image_id}.{ending}"
         return None if target.exists() else pool.submit(
-            make, target, Path(images) / f"{image_id}.jpg", annotation_of(image_id), names, method, max_candidates)
+            make, target, images, image_id, annotation_of(image_id), names, method, max_candidates)
 
     try:
         with tqdm(total=len(ids), desc=f"candidates ({method})", unit="image", disable=None if ids else True) as bar:
@@ -1105,23 +1335,27 @@ def make_all(folder, images, names, ids, annotation_of, method="mcg", workers=No
                     summary["skipped"] += 1
                     continue
                 try:
-                    candidates, boxes = job.result()
+                    candidates, boxes, notes = job.result()
+                except CannotWrite:
+                    raise
                 except BrokenProcessPool:
                     raise BadInput(f"{folder}: a worker was killed, perhaps for want of memory: give fewer "
                                    "--workers; the same command goes on from here") from None
                 except Exception as error:  # one bad image does not stop the others, whatever is bad in it
-                    kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
-                    summary["failures"].append(f"{image_id}: {kind}{' '.join(str(error).split())}")
+                    summary["failures"].append(f"{image_id}: {one_line(error)}")
                     tqdm.write(summary["failures"][-1], file=sys.stderr)
                     continue
                 summary["made"] += 1
                 summary["candidates"] += candidates
                 summary["boxes"] += boxes
+                for note in notes:
+                    summary["notes"].setdefault(note, []).append(image_id)
     finally:  # also on Ctrl-C: what is running is finished, what is waiting is dropped
         pool.shutdown(cancel_futures=True)
         del os.environ["OMP_NUM_THREADS"]
         if threads_before is not None:
             os.environ["OMP_NUM_THREADS"] = threads_before
+    say_notes(summary["notes"])
     summary["failures"].sort()
     return summary
 
@@ -1163,11 +1397,8 @@ def show_candidates(path, method="mcg", corners=None, out=None, max_candidates=3
     panels += [np.full_like(panels[0], 255)] * (16 - len(panels))
     sheet = np.vstack([np.hstack(panels[row:row + 4]) for row in range(0, 16, 4)])
     target = (Path(out) if out else Path(path).parent) / f"{Path(path).stem}_candidates.png"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sheet).save(target)
-    except OSError as error:
-        raise BadInput(f"{target}: cannot be written ({error.strerror}): name another folder by --out") from None
+    with writing(target) as temporary:
+        Image.fromarray(sheet).save(temporary, "PNG")
     return target, len(members), None if ious is None else ious[chosen[:5]]
 
 
@@ -1186,8 +1417,8 @@ def parse_arguments():
         "Selective Search takes about 0.5 GB a million pixels")
     add("--method", choices=tuple(METHODS), default="mcg", help="Multiscale Combinatorial Grouping (default, paper), "
         "Selective Search or Geodesic Object Proposals (paper: Table 3)")
-    add("--max-candidates", type=int, default=3500, metavar="N", help="at most so many an image, the best ranked "
-        "(default: 3500, ours)")
+    add("--max-candidates", type=int, metavar="N", help="at most so many an image, the best ranked (default: as in the "
+        "folder, or 3500, ours)")
     coco = parser.add_argument_group("boxes from COCO (paper: Tables 1, 4, 5)")
     coco.add_argument("--coco", metavar="JSON", help="an instances_*.json, instead of --data; needs --images and --out")
     coco.add_argument("--images", metavar="DIR", help="the pictures that it names")
@@ -1210,7 +1441,8 @@ def parse_arguments():
         parser.error("--coco takes all images of its JSON: no --split, no --list (--shard takes a part)")
     if (arguments.images or arguments.class_names or arguments.masks) and not arguments.coco:
         parser.error("--images, --masks and --class-names go with --coco")
-    if min(arguments.max_candidates, 1 if arguments.workers is None else arguments.workers) < 1:
+    if min(1 if arguments.max_candidates is None else arguments.max_candidates,
+           1 if arguments.workers is None else arguments.workers) < 1:
         parser.error("--max-candidates and --workers of at least 1 wanted")
     return arguments
 
@@ -1228,7 +1460,7 @@ def take_shard(ids, shard):
 
 def main():
     arguments = parse_arguments()
-    options = {key: getattr(arguments, key) for key in ("method", "max_candidates")}
+    options = {key: getattr(arguments, key) for key in ("method", "max_candidates") if getattr(arguments, key)}
     if arguments.image:
         path, count, ious = show_candidates(arguments.image, corners=arguments.box, out=arguments.out, **options)
         print(f"{path}: {count} candidates" + ("" if ious is None else ", tight boxes of the best five fit the box by "
@@ -1236,6 +1468,8 @@ def main():
         return 0
     options["workers"] = arguments.workers
     if arguments.coco:
+        if arguments.class_names and not Path(arguments.class_names).is_file():
+            raise BadInput(f"no --class-names {arguments.class_names}: wanted one name a line, background first")
         names = read_names(arguments.class_names) if arguments.class_names else VOC_CLASSES
         options["method"] = "masks" if arguments.masks else arguments.method
         print(f"images of {arguments.coco} -> {arguments.out}")
@@ -1255,13 +1489,14 @@ def main():
         print(f"{summary['boxes']} objects" if arguments.masks else
               f"{summary['boxes']} boxes, {summary['candidates'] / made:.0f} candidates an image")
     if failures:
-        print(f"{len(failures)} of {made + summary['skipped'] + len(failures)} images could not be made; mend them or "
+        print(f"{len(failures)} of {made + summary['skipped'] + len(failures)} images could not be made; fix them or "
               "take them off the list and run again:", *failures, sep="\n  ", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that a pipe's encoding lacks, on Windows
     try:
         sys.exit(main())
     except BadInput as error:

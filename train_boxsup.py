@@ -30,6 +30,7 @@ import argparse
 import os
 import sys
 import time
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -45,8 +46,9 @@ from tqdm import tqdm
 import losses
 import mcg_candidates
 from mcg_candidates import BadInput as BadFile
-from mcg_candidates import (class_names, find_voc, larger_first, read_boxes, read_candidates, read_image, read_label,
-                            read_list, read_source, voc_palette, write_label)
+from mcg_candidates import (check_classes, class_names, find_image, find_voc, larger_first, read_boxes, read_candidates,
+                            read_image, read_label, read_list, read_source, require_a_box, require_a_class,
+                            voc_palette, write_label)
 from model import (BACKBONES, BadInput, Box2SegNet, DeepLabVGG16, Interrupted, Progress, add_common_arguments, barrier,
                    catch_interrupts, check_arguments, check_images, download_voc, evaluating, finish, in_parallel,
                    make_optimizer, mixed_precision, normalize, parse, pick_device, place_network, print_rank0,
@@ -406,9 +408,10 @@ def validation_list(voc, split):
         print_rank0("no validation: no list of images with true masks")
         return []
     ids = read_list(path)
-    for file in (f for i in ids for f in (voc / "JPEGImages" / f"{i}.jpg", truth_file(voc, i))):
+    for file in (f for i in ids for f in (find_image(voc / "JPEGImages", i), truth_file(voc, i))):
         if not file.exists():
             raise BadInput(f"no {file} to validate on: add it, or give --val-split none")
+    require_a_class(truth_file(voc, i) for i in ids)
     return ids
 
 
@@ -420,7 +423,7 @@ def truth_file(voc, image_id):
 
 def read_pair(voc, num_classes, image_id):
     """-> image (H, W, 3) and true labels (H, W), uint8."""
-    image = read_image(voc / "JPEGImages" / f"{image_id}.jpg")
+    image = read_image(find_image(voc / "JPEGImages", image_id))
     return image, read_label(truth_file(voc, image_id), image.shape[:2], num_classes)
 # ==== end of shared block
 
@@ -442,7 +445,7 @@ class Images:
         """-> picture, label map, candidates (None where there are none)."""
         image_id, (pictures, candidates, labels) = self.ids[index], self.sources[self.source_of[index]]
         label_file = labels / f"{image_id}.png" if labels else truth_file(self.voc, image_id)
-        return pictures / f"{image_id}.jpg", label_file, candidates and candidates / f"{image_id}.npz"
+        return find_image(pictures, image_id), label_file, candidates and candidates / f"{image_id}.npz"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -545,7 +548,8 @@ def training_images(voc, names, args, out):
     for number, folder in enumerate(map(Path, args.extra), 1):
         source = read_source(folder)
         drawn = source["method"] == "masks"             # by mcg_candidates.py --masks
-        extra = sorted(path.stem for path in folder.glob("*.png" if drawn else "*.npz"))
+        extra = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in
+                       folder.rglob("*.png" if drawn else "*.npz") if not path.name.startswith("._"))
         if source["class_names"] != names:
             raise BadInput(f"--extra {folder}: made for other classes ({' '.join(source['class_names'][1:])}): make it "
                            "anew with this data's")
@@ -575,6 +579,7 @@ def training_images(voc, names, args, out):
 
 def write_rectangles(images, indices, names, keep):
     """--supervision rectangles: each box filled with its class (Fig. 2c), written to out/masks. keep: what is there."""
+    require_a_box((images.voc / "Annotations" / f"{images.ids[index]}.xml" for index in indices), names)
     for index in tqdm(indices, "rectangles", unit="image", disable=None):
         image_id, (picture, label_file, _) = images.ids[index], images.files(index)
         if keep and label_file.exists():
@@ -582,6 +587,19 @@ def write_rectangles(images, indices, names, keep):
         size = read_image(picture).shape[:2]
         boxes, classes = read_boxes(images.voc / "Annotations" / f"{image_id}.xml", names, size)
         write_label(label_file, paint(size, boxes, classes, [None] * len(boxes)))
+
+
+def made_from(images, updated, args, names):
+    """What tells the candidates into which choices point, or the GrabCut masks, from those of another folder."""
+    if updated:
+        last = len(images.ids) - 1
+        files = [images.files(index)[2] for index in (last, last - updated // 2, last - updated + 1)]
+        return zlib.crc32(b"".join(path.read_bytes() for path in files))
+    folder = Path(args.grabcut or images.voc / "GrabCutMasks")
+    if args.supervision == "grabcut" and (folder / "source.json").exists():
+        check_classes(folder, names)
+        return {key: value for key, value in read_source(folder).items() if key != "images"}
+    return None
 
 
 def build_network(args, num_classes, weights, pretrained):
@@ -611,7 +629,7 @@ def make_labels(images, indices, names, list_file, args, out, saved):
         for path in (image_file, candidates or label_file):
             if not path.exists():
                 made = candidates or label_file         # of other sets these are there, or the image would not be
-                if made.parent in map(Path, args.extra):
+                if set(made.parents) & set(map(Path, args.extra)):
                     raise BadInput(f"no {path}, to which {made} belongs: add the one or delete the other")
                 raise BadInput(f"no {path}, which {list_file} names: " + (
                     f"make it by python grabcut_labels.py --data {args.data}" if args.supervision == "grabcut" and
@@ -638,6 +656,12 @@ def main(argv):
                 "sets")
     check_images(images.ids, names, list_file, args, saved, out)
     make_labels(images, range(first, first + boxes), names, list_file, args, out, saved)
+    if updated < n:
+        require_a_class(images.files(index)[1] for index in range(n - updated))
+    made_of = made_from(images, updated, args, names)
+    if saved and saved.get("made_of", made_of) != made_of:
+        raise BadInput(f"{out / 'last.pt'}: the run had other candidates or GrabCut masks than these: give the "
+                       "--candidates, --grabcut that it had")
     val_ids = validation_list(voc, args.val_split)
 
     # ---- network
@@ -663,6 +687,7 @@ def main(argv):
     def save(name, step, best):
         held = [torch.from_numpy(choices[index]) for index in sorted(choices)]
         save_checkpoint(out / name, network, optimizer, scaler, args, names, images.ids, step=step, best=best,
+                        made_of=made_of,
                         choices=torch.cat([torch.empty(0, dtype=torch.int32, device="cpu"), *held]),
                         boxes_of=torch.tensor([len(choice) for choice in held], dtype=torch.int64, device="cpu"))
 

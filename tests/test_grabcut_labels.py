@@ -105,7 +105,7 @@ def test_an_annotation_without_objects_has_no_boxes(tmp_path):
     ("\x00\x01", "not readable XML"),
     ("<annotation>" + thing("horse", 1, 1, 5, 5) + "</annotation>", "unknown class 'horse'; known are cat, dog"),
     ("<annotation>" + thing("background", 1, 1, 5, 5) + "</annotation>", "unknown class"),
-    ("<annotation><object><bndbox/></object></annotation>", "unknown class ''"),
+    ("<annotation><object><bndbox/></object></annotation>", "an object without a name"),
     ("<annotation><object><name>cat</name></object></annotation>", "without xmin"),
     ("<annotation>" + thing("cat", 1, "", 5, 5) + "</annotation>", "without xmin"),
     ("<annotation>" + thing("cat", 1, "nan", 5, 5) + "</annotation>", "without xmin"),

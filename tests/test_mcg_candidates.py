@@ -587,10 +587,16 @@ BOXES = [("b.jpg", "tv", [0.4, 1.6, 10.2, 5.0], 0), ("b.jpg", "giraffe", [0, 0, 
 
 def test_cocos_boxes_by_hand(tmp_path):
     """A tv is VOC's tvmonitor; the giraffe is no VOC class; crowds, pictures of these only, and empty ones are out."""
-    found = read_coco(coco_json(tmp_path / "coco.json", BOXES), VOC_CLASSES)
-    assert found == {"b": ([[0.4, 1.6, 10.2, 5.0], [-3, 4, 20, 70]], [20, 12]), "a": ([[20.5, 3, 60, 0.2]], [12])}
-    own = read_coco(tmp_path / "coco.json", ["background", "giraffe", "tv"])  # COCO's own names
-    assert own == {"b": ([[0.4, 1.6, 10.2, 5.0], [0, 0, 9, 9]], [2, 1]), "c": ([[1, 1, 4, 4]], [1])}
+    found, notes = read_coco(coco_json(tmp_path / "coco.json", BOXES), VOC_CLASSES)
+    none = None, None                                   # no size is said
+    assert found == {"b": ([[0.4, 1.6, 10.2, 5.0], [-3, 4, 20, 70]], [20, 12], none),
+                     "a": ([[20.5, 3, 60, 0.2]], [12], none)}
+    assert notes[:2] == ["2 boxes of giraffe, which is no class here left out", "2 crowds (iscrowd 1) left out"]
+    assert notes[2].startswith("no category for aeroplane, bicycle") and notes[2].endswith(": dog, tv, giraffe")
+    assert notes[3] == "3 of 5 images left out: no box of the classes"
+    own, notes = read_coco(tmp_path / "coco.json", ["background", "giraffe", "tv"])  # COCO's own names
+    assert own == {"b": ([[0.4, 1.6, 10.2, 5.0], [0, 0, 9, 9]], [2, 1], none), "c": ([[1, 1, 4, 4]], [1], none)}
+    assert not any("no category" in note for note in notes)
     # 0.4 -> 0, 1.6 -> 2, 10.6 -> 11, 6.6 -> 7; -3 and 74 are clipped; 3 .. 3.2 stays one pixel high
     boxes = coco_boxes([*found["b"][0], *found["a"][0]], (40, 60), "here")
     assert boxes.tolist() == [[0, 2, 11, 7], [0, 4, 17, 40], [21, 3, 60, 4]] and boxes.dtype == np.int32
@@ -649,7 +655,7 @@ def test_candidates_of_coco(drawn, tmp_path):
     ({"annotations": [{"image_id": 100, "category_id": 7, "bbox": [1, 1, -2, 2]}]}, "wanted x, y, width, height"),
     ({"annotations": [{"image_id": 100, "category_id": 7, "bbox": [1, 1, float("nan"), 2]}]}, "wanted x, y, width"),
     ({"annotations": [{"image_id": 100, "category_id": 7, "bbox": "none"}]}, "not a COCO"),
-    ({"images": [{"id": 100, "file_name": "a.png"}, {"id": 101, "file_name": "b.jpg"}]}, "ends in .jpg"),
+    ({"images": [{"id": n, "file_name": f"{n}.gif"} for n in range(100, 106)]}, "ends in .jpg"),
     ({"images": [{"id": n, "file_name": f"{n}/a.jpg"} for n in range(100, 106)]}, "both have the name a.jpg")])
 def test_bad_coco_files(tmp_path, spoilt, words):
     path = tmp_path / "coco.json"
@@ -660,7 +666,7 @@ def test_bad_coco_files(tmp_path, spoilt, words):
 
 
 def test_no_path_from_inside_the_json(tmp_path):
-    found = read_coco(coco_json(tmp_path / "coco.json", [("../../x/a.jpg", "dog", [1, 1, 5, 5], 0)]), VOC_CLASSES)
+    found, _ = read_coco(coco_json(tmp_path / "coco.json", [("../../x/a.jpg", "dog", [1, 1, 5, 5], 0)]), VOC_CLASSES)
     assert list(found) == ["a"]
 
 
@@ -671,27 +677,28 @@ def rectangle(x0, y0, x1, y1):
 def test_cocos_masks_by_hand():
     """A pixel is in where half of it is; parts of one object are one; small on large, all on crowds; runs go down."""
     polygons = [[rectangle(1, 1, 5, 3), rectangle(3.5, 2, 6.5, 4)]]
-    assert coco_mask(polygons, [3], (5, 8), "here").tolist() == [
+    assert coco_mask(polygons, [3], (5, 8), "here")[0].tolist() == [
         [0, 0, 0, 0, 0, 0, 0, 0],
         [0, 3, 3, 3, 3, 0, 0, 0],
         [0, 3, 3, 3, 3, 3, 3, 0],
         [0, 0, 0, 3, 3, 3, 3, 0],
         [0, 0, 0, 0, 0, 0, 0, 0]]
     crowd = {"size": [3, 4], "counts": [1, 1, 2, 6, 2]}                     # columns .#. .## ### #..
-    assert (coco_mask([crowd], [255], (3, 4), "here") / 255).tolist() == [[0, 0, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0]]
+    assert (coco_mask([crowd], [255], (3, 4), "here")[0] / 255).tolist() == [[0, 0, 1, 1], [1, 1, 1, 0], [0, 1, 1, 0]]
     for order in ([0, 1, 2], [2, 1, 0]):                # the crowd is below what is larger than it, too
         outlines = [[rectangle(0, 0, 4, 3)], crowd, [rectangle(1, 1, 3, 2)]]
         classes = [1, 255, 2]
-        assert coco_mask([outlines[k] for k in order], [classes[k] for k in order], (3, 4), "here").tolist() == [
+        assert coco_mask([outlines[k] for k in order], [classes[k] for k in order], (3, 4), "here")[0].tolist() == [
             [1, 1, 1, 1], [1, 2, 2, 1], [1, 1, 1, 1]]
-    assert not coco_mask([[rectangle(9, 9, 12, 12), [1, 1, 1, 1, 1, 1]], []], [1, 2], (3, 4), "here").any()
+    labels, unpainted = coco_mask([[rectangle(9, 9, 12, 12), [1, 1, 1, 1, 1, 1]], []], [1, 2], (3, 4), "here")
+    assert not labels.any() and unpainted == 2
     ys, xs = np.mgrid[:16, :16] + 0.5                   # an outline that leaves the picture keeps its slope
-    slope = coco_mask([[[-8.3, 0, 8, 0, 8, 16.3]]], [1], (16, 16), "here") == 1
+    slope = coco_mask([[[-8.3, 0, 8, 0, 8, 16.3]]], [1], (16, 16), "here")[0] == 1
     assert np.array_equal(slope, (ys < xs + 8.3) & (xs < 8)) and slope.sum() == 100
     turn = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     disc = np.stack([50.3 + 30 * np.cos(turn), 40.7 + 30 * np.sin(turn)], 1).ravel().tolist()
     ys, xs = np.mgrid[:80, :100] + 0.5
-    found = coco_mask([[disc]], [1], (80, 100), "here") == 1
+    found = coco_mask([[disc]], [1], (80, 100), "here")[0] == 1
     assert found.sum() == pytest.approx(30 * 30 * np.sin(np.pi / 30) * 30, rel=0.006)               # the polygon's area
     assert (found != (np.hypot(xs - 50.3, ys - 40.7) < 29.96)).sum() < 25                           # all on the rim
 

@@ -271,7 +271,7 @@ def make_toy_voc(directory, images=480, val=120, size=(120, 160), seed=0):
     root = os.path.join(directory, "VOC2012")
     for folder in ("JPEGImages", "Annotations", "SegmentationClass", "SegmentationObject", "ImageSets/Segmentation"):
         os.makedirs(os.path.join(root, folder), exist_ok=True)
-    with open(os.path.join(root, "class_names.txt"), "w") as f:
+    with open(os.path.join(root, "class_names.txt"), "w", encoding="utf-8") as f:
         f.write("\n".join(CLASS_NAMES) + "\n")
 
     lists = {"train": [], "val": []}
@@ -287,15 +287,16 @@ def make_toy_voc(directory, images=480, val=120, size=(120, 160), seed=0):
             # VOC's void: a border around objects where nobody can tell. Here 1 pixel, on the outer side only, so that
             # the masks stay exact and a box is the tight box of its mask.
             void = (cv2.dilate(owner, np.ones((3, 3), np.uint8)) > 0) & (owner == 0)
-            cv2.imwrite(os.path.join(root, "JPEGImages", name + ".jpg"), image[..., ::-1],
-                        [cv2.IMWRITE_JPEG_QUALITY, 95])
+            jpeg = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+            with open(os.path.join(root, "JPEGImages", name + ".jpg"), "wb") as f:  # imwrite is silent where it fails
+                f.write(jpeg.tobytes())
             for folder, index_map in (("SegmentationClass", classes), ("SegmentationObject", owner)):
                 save_png(os.path.join(root, folder, name + ".png"), np.where(void, 255, index_map).astype(np.uint8))
-            with open(os.path.join(root, "Annotations", name + ".xml"), "w") as f:
+            with open(os.path.join(root, "Annotations", name + ".xml"), "w", encoding="utf-8") as f:
                 f.write(xml(name, size, objects, boxes))
             lists[split].append(name)
     for split, names in [*lists.items(), ("trainval", lists["train"] + lists["val"])]:
-        with open(os.path.join(root, "ImageSets", "Segmentation", split + ".txt"), "w") as f:
+        with open(os.path.join(root, "ImageSets", "Segmentation", split + ".txt"), "w", encoding="utf-8") as f:
             f.write("".join(name + "\n" for name in names))
     return root
 
