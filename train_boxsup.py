@@ -256,7 +256,7 @@ def measure(choice, cost, overlap, previous, top_k):
 def confusion_with_truth(images, index, labels, num_classes):
     """Estimated mask against the true one, where there is one: it is reported, never trained on -> (C, C), or 0."""
     image_file, truth = images.files(index)[0], truth_file(images.voc, images.ids[index])
-    if image_file.parent != images.voc / "JPEGImages" or not truth.exists():
+    if images.voc / "JPEGImages" not in image_file.parents or not truth.exists():
         return 0
     truth = torch.from_numpy(read_label(truth, labels.shape, num_classes))
     return losses.confusion_matrix(torch.from_numpy(labels), truth, num_classes)
