@@ -4,6 +4,8 @@ Boxes to labels: the box masks B and the GrabCut masks M that Box2Seg trains on 
     python grabcut_labels.py --data VOCdevkit                              labels for every image of trainaug (or train)
     python grabcut_labels.py --data VOCdevkit --split val --fill-rates val   ... and how full the boxes are (Fig. 2)
     python grabcut_labels.py --data VOCdevkit --split val --boxes detector   boxes from a detector (GrabCut-NoTrain-Det)
+    python grabcut_labels.py --coco instances.json --images DIR --data mydata       boxes of one's own, in COCO's form
+    python grabcut_labels.py --yolo LABELS_DIR --images DIR --data mydata           ... in YOLO's: laid out as VOC's are
     python grabcut_labels.py --image FILE --box X0 Y0 X1 Y1                  look at one mask
     python grabcut_labels.py --colours rgb --no-share --margin 99 --working-size 10000 --min-fill 0 --out DIR
                                                                            OpenCV's GrabCut as it is, on whole images
@@ -15,20 +17,25 @@ Writes  VOC2012/BoxMasks/<id>.png and VOC2012/GrabCutMasks/<id>.png: 8-bit PNG i
     B(i) = c   pixel i lies in a box of class c (in the smallest such box, where boxes overlap); 0 in no box
     M(i) = c   and GrabCut, run on that one box, takes pixel i for foreground
 
+With --coco or --yolo it first writes what it otherwise reads, and import.json, which says what it was made from.
 What exists is kept: a second run makes only what is missing, so a run may be interrupted at any time. Delete a folder
 to make it anew. Expect about 0.12 s a box on one core; no truth is read, so evaluate.py --labels shows how good M is.
 """
 import argparse
 import contextlib
+import filecmp
+import glob
 import json
 import os
 import re
+import shutil
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import cv2
 import numpy as np
@@ -804,6 +811,440 @@ def show_mask(path, corners, out=None, **options):
     return target, float(mask[y0:y1, x0:x1].mean()), why
 
 
+# ---------------------------------------------------------------- boxes of one's own (--coco, --yolo)
+# What an annotation tool exports -> --data/VOC2012 in VOC's form; from there on everything is as with VOC. Decisions:
+#   ids         an image's path below --images without its ending; folders (but images/) and spaces give underscores
+#   lists       train, val or test by the name of a folder or JSON, or by data.yaml; a single list is train
+#   no boxes    such images are left out: an export does not tell "nothing in it" from "nobody has looked yet"
+#   crowds      (COCO's iscrowd 1: one box around many objects) are left out unless --crowds takes them
+#   rotation    the upright box around a rotated box, or around an outline, is taken
+#   EXIF        tools draw on the upright image; where a JSON has the size of the stored one, its boxes are turned.
+#               Where sizes do not tell (YOLO's files state none), boxes are left as they are, and it is said
+NO_CLASS = ("background", "_background_", "__background__", "__ignore__")  # as labelme and others name it
+SPLIT = re.compile(r"(?:obj_|instances_)?(train|val|test)(?:ing|id|idation)?(?:_data|\d{4})?", re.IGNORECASE)
+
+
+def split_of(names):
+    """Names of folders or files -> "train", "val" or "test": the last that is one (valid, val2017, obj_train_data)."""
+    return ([match[1].lower() for match in map(SPLIT.fullmatch, names) if match] or [None])[-1]
+
+
+def files_below(folder, pattern="*"):
+    """Files below a folder, as sorted paths relative to it. Links are followed; hidden files (._a.jpg) are left out."""
+    names = glob.iglob(f"**/{pattern}", root_dir=folder, recursive=True)
+    return sorted(Path(name) for name in names if (Path(folder) / name).is_file())
+
+
+def tidy_names(names, where):
+    """Class names with single spaces; refused unless they are 1 to 254 different printable ones."""
+    names = [" ".join(str(name).split()) for name in names]
+    if not 1 <= len(names) <= 254 or len(set(names)) < len(names) or not all(n and n.isprintable() for n in names):
+        raise BadInput(f"{where}: wanted 1 to 254 different class names, got {', '.join(map(repr, names)) or 'none'}")
+    return names
+
+
+def coco_corners(thing, notes):
+    """One of COCO's annotations -> floats x0, y0, x1, y1, or None where it has no box. Raises TypeError, ValueError."""
+    if not thing.get("bbox"):
+        return None
+    x, y, width, height = (float(number) for number in thing["bbox"])
+    attributes = thing.get("attributes")
+    degrees = float(attributes.get("rotation") or 0) if isinstance(attributes, dict) else 0.0
+    if not np.isfinite([x, y, width, height, degrees]).all():
+        raise ValueError("not finite")
+    if degrees % 360 and not thing.get("segmentation"):  # CVAT's bbox: the rectangle before it turns about its centre
+        notes["rotated boxes: the upright box around each is taken"] += 1
+        cos, sin = abs(np.cos(np.radians(degrees))), abs(np.sin(np.radians(degrees)))
+        x, y = x + width / 2, y + height / 2
+        width, height = width * cos + height * sin, width * sin + height * cos
+        x, y = x - width / 2, y - height / 2
+    return x, y, x + width, y + height
+
+
+def locate(name, images, beside, split):
+    """A JSON's file name -> the images (paths below --images) that it may mean: none, one or several.
+
+    beside: whether an image lies beside the JSON or below; split: the JSON's. They tell images of one name apart.
+    """
+    parts = tuple(part for part in re.split(r"[\\/]+", name) if part not in ("", ".", ".."))
+    found = [path for path in images if path.parts[-len(parts):] == parts]
+    if not found:  # --images may be a folder that the JSON's name begins with
+        return [path for path in images if path.parts in (parts[k:] for k in range(1, len(parts)))]
+    for fits in (beside, lambda path: split_of(path.parts[:-1]) == split, lambda path: path.parts == parts):
+        if len(found) > 1 and sum(map(fits, found)) == 1:
+            found = [path for path in found if fits(path)]
+    return found
+
+
+def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
+    """COCO's JSON files, or folders with them -> class names, [(image, split, (width, height), boxes), ...].
+
+    images: paths below folder; wanted: class names, or None for all; boxes: [(class, x0, y0, x1, y1), ...], floats.
+    notes: Counter of what is left out or changed, failed: {image: what is wrong}; both are added to.
+    """
+    patterns = ("_annotations.coco.json", "instances_*.json", "result.json", "annotations.json")
+    files, by_name, found, classes, named = [], {}, [], {}, set()
+    for path in map(Path, sources):
+        files += [path / name for p in patterns for name in files_below(path, p)] if path.is_dir() else [path]
+        if not files:
+            raise BadInput(f"--coco {path}: no {', '.join(patterns)} in this folder: name the JSON file")
+    for path in images:
+        by_name.setdefault(path.name, []).append(path)
+    for file in files:
+        try:
+            coco = json.loads(read_text(file))
+            kinds = {kind["id"]: " ".join(str(kind["name"]).split()) for kind in coco["categories"]}
+            entries = {one["id"]: (str(one["file_name"]), (one.get("width"), one.get("height")), [])
+                       for one in coco["images"]}
+            things = [(thing["image_id"], thing["category_id"], thing) for thing in coco["annotations"]]
+            used, _ = ({thing[key] for thing in coco["annotations"]} for key in ("category_id", "image_id"))  # hashable
+            parents = {(kind.get("supercategory"), key) for kind in coco["categories"] for key in kinds
+                       if key != kind["id"]}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise BadInput(f"{file}: not COCO's images, annotations, categories ({error!r}): export as COCO") from None
+        for what, ids in (("categories", kinds), ("images", entries)):
+            if len(ids) < len(coco[what]):
+                raise BadInput(f"{file}: two {what} have one id, so nobody can tell whose the boxes are: give each its "
+                               "own")
+        # Roboflow's first category has the project's name and is the parent of all others: no class, if without boxes.
+        classes.update({name: None for key, name in kinds.items()
+                        if name not in NO_CLASS and (key in used or (name, key) not in parents)})
+        bad, split = {}, split_of((file.absolute().parent.name, file.stem))
+        for image, category, thing in things:
+            name = kinds.get(category)
+            if image not in entries or name is None:
+                notes["boxes of an image or category that the JSON does not list left out"] += 1
+            elif name in NO_CLASS or wanted and name not in wanted:
+                notes["boxes of classes that are not asked for, or background, left out"] += 1
+            elif thing.get("iscrowd") and not crowds:
+                notes["crowds left out (iscrowd 1, as CVAT marks all painted masks; --crowds takes them)"] += 1
+            else:
+                try:
+                    corners = coco_corners(thing, notes)
+                    entries[image][2].extend([(name, *corners)] if corners else [])
+                    notes["annotations without a box left out"] += not corners
+                except (TypeError, ValueError):
+                    bad[image] = f"{file.name} has the box {thing['bbox']}: wanted x, y, width, height: fix it"
+        for key, (name, size, boxes) in entries.items():
+            beside = lambda path: (folder / path).is_relative_to(os.path.abspath(file.parent))
+            which = locate(name, by_name.get(re.split(r"[\\/]", name)[-1], []), beside, split)
+            named.update(which)
+            if len(which) != 1:
+                failed[name] = (f"may be {' or '.join(map(str, which))}: rename them" if which else
+                                f"{file.name} names it, but it is not in {folder}: add it")
+            elif key in bad or boxes and max(max(corners) for _, *corners in boxes) <= 1:
+                failed[str(which[0])] = bad.get(key) or f"{file.name} has boxes from 0 to 1: wanted pixels"
+            else:
+                found.append((which[0], split or split_of(which[0].parts[:-1]), size, boxes))
+    notes["images left out that no JSON names"] += len(set(images) - named)
+    if missing := set(wanted or ()) - set(classes):
+        raise BadInput(f"no category is called {', '.join(sorted(missing))}, as --class-names has it; there are "
+                       f"{', '.join(classes)}")
+    return wanted or tidy_names(classes, files[0]), found
+
+
+def yaml_values(text, where):
+    """What follows a key of data.yaml -> [str, ...]: a value, a list or a map of 0, 1, ...; in brackets or by line."""
+    end = {"[": "]", "{": "}"}.get(text.lstrip()[:1], "")
+    head, stop = (r",\s*()()", r",\[\]{}\n") if end else (r"^( *)(- +)?", r"\n")
+    text = "," + text.lstrip()[1:] if end else text
+    plain = rf"""[^\s"'\[\]{{}}&*!|>%@`#?,-](?:[^#{stop}]|(?<=\S)#)*"""
+    item = re.compile(rf"""{head}(?:(\d+) *:\s+)?(?:"([^"\\]*)"|'([^']*)'|({plain}))""", re.MULTILINE)
+    found = item.findall(text)
+    rest = re.sub(r"(?:^|\s)#.*", "", item.sub("", text)).strip(" \t\n,")
+    keys = [int(key) for _, _, key, *_ in found if key]
+    kinds = {(indent, bool(dash), bool(key)) for indent, dash, key, *_ in found}  # by line: all alike
+    one_a_line = end or len(found) < 2 or len(kinds) == 1 and sum(next(iter(kinds))[1:]) == 1
+    if (rest != end or not one_a_line or keys and sorted(keys) != list(range(len(found)))
+            or any(re.search(r":(\s|$)", value) for *_, value in found)):
+        raise BadInput(f"{where}: neither a list nor a map of 0, 1, 2, ...: write it as - name, one a line")
+    return ["".join(value).strip() for _, _, _, *value in sorted(found, key=lambda one: int(one[2] or 0))]
+
+
+def read_data_yaml(path):
+    """Ultralytics' and Roboflow's data.yaml -> class names, {absolute folder: split}, whether rows have keypoints."""
+    parts = re.split(r"^(\w+)[ \t]*:", read_text(path), flags=re.MULTILINE)
+    texts = dict(zip(parts[1::2], parts[2::2]))
+    if 2 * len(texts) + 1 < len(parts):
+        raise BadInput(f"{path}: has a key twice: delete one")
+    value = {key: yaml_values(texts[key], f"{path}, {key}") for key in ("names", "nc", "path", "train", "val", "test")
+             if texts.get(key, "").strip()}
+    names, splits = tidy_names(value.get("names", []), path), {}
+    if value.get("nc", [str(len(names))]) != [str(len(names))]:
+        raise BadInput(f"{path}: nc is {' '.join(value['nc'])}, but there are {len(names)} names: fix it")
+    for split in ("train", "val", "test"):
+        for entry in value.get(split, []):
+            for base in (path.parent / "".join(value.get("path", [])), path.parent):
+                for place in (base / entry, base / re.sub(r"^(\.\./)+", "", entry)):  # Roboflow has one ../ too many
+                    if os.path.isdir(place):
+                        splits.setdefault(os.path.abspath(place), split)
+    return names, splits, "kpt_shape" in texts
+
+
+def yolo_boxes(path, names, keypoints=False):
+    """A YOLO label file -> [(class, x0, y0, x1, y1), ...] in parts of the image's width and height. Its rows are
+
+    class, centre x and y, width, height; or class and x, y, x, y, ... of an outline or a rotated box. Either may end
+    in a confidence. keypoints: rows are boxes, whatever follows.
+    """
+    boxes = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            kind, *row = (float(word) for word in line.split())
+        except ValueError:
+            row = []
+        row = row[:4] if keypoints else row
+        if len(row) < 4:
+            raise BadInput(f"{path}, line {number}: wanted class, x, y, width, height, all of them numbers: fix it")
+        if kind not in range(len(names)):
+            raise BadInput(f"{path}, line {number}: class {kind:g}, but the names are of 0 to {len(names) - 1}")
+        if not all(-0.5 <= part <= 1.5 for part in row):  # NaN, too
+            raise BadInput(f"{path}, line {number}: not within 0 to 1 (pixels?): divide x by the image's width, y by "
+                           "its height")
+        if len(row) < 6:
+            x, y, width, height = row[:4]
+            row = x - width / 2, y - height / 2, x + width / 2, y + height / 2
+        xs, ys = row[:len(row) // 2 * 2:2], row[1::2]
+        boxes.append((names[int(kind)], min(xs), min(ys), max(xs), max(ys)))
+    return boxes
+
+
+def read_yolo_export(labels, folder, images, names_file, notes, failed):
+    """A folder of YOLO label files -> as read_coco_export, but () for sizes, and boxes in parts of the size."""
+    labels, splits, keypoints = Path(labels), {}, False
+    usual = [place / name for place in (labels, *labels.absolute().parents[:2])
+             for name in ("data.yaml", "obj.names", "classes.txt")]
+    file = Path(names_file) if names_file else next((path for path in usual if path.is_file()), None)
+    if not labels.is_dir() or not file:
+        raise BadInput(f"--yolo {labels}: " + ("no data.yaml, obj.names or classes.txt in it or above it: give "
+                                               "--class-names FILE" if labels.is_dir() else "no such folder"))
+    if file.suffix in (".yaml", ".yml"):
+        names, splits, keypoints = read_data_yaml(file)
+    else:
+        names = tidy_names(read_text(file).rstrip().splitlines(), file)  # an empty line would count: refused
+        if names[0] in NO_CLASS:
+            raise BadInput(f"{file}: begins with {names[0]}, but YOLO's class 0 is the first name: delete that line")
+    notes[f"class names read from {file}"] = len(names)
+    found, used = [], {file}
+    for path in images:
+        swapped = Path(re.sub(r"(.*(?:^|/))images/", r"\1labels/", path.as_posix()))  # the last such folder
+        label = next((text for text in (labels / path.with_suffix(".txt"), labels / swapped.with_suffix(".txt"))
+                      if text.is_file()), None)
+        if not label:
+            notes["images without a label file left out"] += 1
+            continue
+        used.add(label)
+        try:
+            boxes = yolo_boxes(label, names, keypoints)
+        except BadInput as error:
+            failed[str(path)] = str(error)
+            continue
+        kept = [box for box in boxes if box[0] not in NO_CLASS]
+        notes["boxes of the background left out"] += len(boxes) - len(kept)
+        split = next((splits[str(up)] for up in (folder / path).parents if str(up) in splits), None)
+        found.append((path, split or split_of(path.parts[:-1]), (), kept))
+    lists = ("classes.txt", "labels.txt", "train.txt", "val.txt", "valid.txt", "test.txt")
+    notes["label files left out that have no image"] += sum(
+        labels / path not in used and path.name not in lists and not path.name.startswith("README")
+        for path in files_below(labels, "*.txt"))
+    return [name for name in names if name not in NO_CLASS], found
+
+
+def fit_boxes(path, stated, boxes):
+    """Boxes of an export -> (height, width) of the upright image, [(class, x0, y0, x1, y1), ...] in its pixels, 0-based
+    and half-open, and a Counter of what was left out or changed.
+
+    stated: the export's (width, height), or () where boxes are in parts of the size. Raises BadInput where it is not
+    the image's: then the boxes are another image's, or this one was resized.
+    """
+    def agrees(size):  # one pixel more or less passes (some tools count from 0), and so do None and 0 (not known)
+        return all(not says or abs(says - there) <= 1 for says, there in zip(stated, size))
+
+    height, width = read_image(path).shape[:2]
+    notes, fitted, turn, stored = Counter(), [], 1, (width, height)
+    with contextlib.suppress(Exception), Image.open(path) as file:  # odd EXIF, as in read_image
+        turn, stored = file.getexif().get(0x0112, 1), file.size
+    if not all(says is None or isinstance(says, (int, float)) for says in stated):
+        raise BadInput(f"{stated} in the JSON for its width and height: wanted numbers")
+    if agrees((width, height)):
+        unclear = turn in range(2, 9) and agrees(stored)
+        notes["images turned by EXIF, perhaps not as their boxes were drawn: look at some"] += unclear
+        turn = 1
+    elif turn not in (5, 6, 7, 8) or not agrees(stored):
+        raise BadInput(f"{stated[0]}x{stated[1]} in the JSON, but the image is {width}x{height}: give the image that "
+                       "was annotated, or annotate this one")
+    for name, *corners in boxes:
+        x0, y0, x1, y1 = corners if stated else np.multiply(corners, (width, height) * 2)
+        if turn != 1:  # from the stored image, whose width is the upright one's height
+            notes["boxes turned, as EXIF turns their image"] += 1
+            x0, y0, x1, y1 = y0, x0, y1, x1
+            x0, x1 = (width - x1, width - x0) if turn in (6, 7) else (x0, x1)
+            y0, y1 = (height - y1, height - y0) if turn in (7, 8) else (y0, y1)
+        if not (x0 < x1 and y0 < y1):
+            notes["boxes of no area left out"] += 1
+        elif not (x0 < width and y0 < height and x1 > 0 and y1 > 0):
+            notes["boxes outside of their image left out"] += 1
+        else:  # to whole pixels as mcg_candidates.py does it, never below one
+            notes["boxes cut off at the edge of their image"] += min(x0, y0, width - x1, height - y1) < -1
+            x0, y0, x1, y1 = (int(np.floor(edge + 0.5)) for edge in (x0, y0, x1, y1))
+            x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
+            fitted.append((name, x0, y0, min(max(x1, x0 + 1), width), min(max(y1, y0 + 1), height)))
+    return (height, width), fitted, notes
+
+
+def voc_xml(file_name, size, boxes):
+    """Size (H, W) and boxes as fit_boxes has them -> an annotation in VOC's form, see read_boxes."""
+    rows = [f"<filename>{escape(file_name)}</filename>", f"<size><width>{size[1]}</width><height>{size[0]}</height>"
+            "<depth>3</depth></size>"]
+    rows += [f"<object><name>{escape(name)}</name><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax>"
+             f"<ymax>{y1}</ymax></bndbox></object>" for name, x0, y0, x1, y1 in boxes]
+    return "\n".join(["<annotation>", *rows, "</annotation>"]) + "\n"
+
+
+def lay_out(voc, source, lists, texts, images):
+    """Writes VOC2012: import.json (source), lists {split: ids}, texts {name: content}, images {name: file}.
+
+    A second run adds what is missing, also to lists, where deleted ids stay deleted. Raises BadInput where other files
+    than the export's would be mixed with them or overwritten.
+    """
+    def write(path, text):
+        with writing(path) as temporary:
+            Path(temporary).write_text(text, encoding="utf-8", newline="\n")
+
+    record = voc / "import.json"
+    try:
+        there = json.loads(read_text(record)) if record.exists() else {}
+        if not there and voc.exists() and any(path.suffix != ".tmp" for path in voc.iterdir()):
+            raise BadInput(f"{voc}: holds data that this command has not made: name another --data")
+        for key in set(there) & set(source):
+            if there[key] != source[key]:
+                raise BadInput(f"{voc}: made from other {key} ({there[key]}): name another --data, or delete it")
+        same = {name: read_text(voc / name) == text for name, text in texts.items() if (voc / name).exists()}
+        same |= {name: filecmp.cmp(voc / name, file) for name, file in images.items() if (voc / name).exists()}
+        other = [name for name in same if not same[name]]
+        if other:
+            raise BadInput(f"{voc / other[0]}" + f" (and {len(other) - 1} more)" * (len(other) > 1) + ": not as the "
+                           f"export has it now: name another --data, or delete {voc}")
+        write(record, json.dumps(source, indent=1) + "\n")  # first: it says that what follows is this export's
+        (voc / "JPEGImages").mkdir(exist_ok=True)
+        for split, ids in lists.items():  # before the annotations, whose absence tells the next run what is new
+            path = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
+            old = read_list(path) if path.exists() else []
+            new = [i for i in ids if i not in old and not (voc / "Annotations" / f"{i}.xml").exists()]
+            write(path, "\n".join(old + new) + "\n")
+        for name, image in images.items():
+            if not (voc / name).exists():
+                try:
+                    os.link(os.path.realpath(image), voc / name)
+                except OSError:  # another disk, or one without hard links
+                    with writing(voc / name) as temporary:
+                        shutil.copy2(image, temporary)
+        for name, text in texts.items():
+            if not (voc / name).exists():
+                write(voc / name, text)
+    except (OSError, json.JSONDecodeError) as error:
+        raise BadInput(f"{voc}: cannot be written or read ({error}): name another --data") from None
+
+
+def name_images(found, notes, failed):
+    """[(image, ...), ...] -> {id: (image, ...)}; those that share an id go to failed, what is worth saying to notes."""
+    ids = {}
+    for entry in found:
+        parts = [part for part in entry[0].with_suffix("").parts if part != "images"] or ["images"]
+        ids.setdefault(re.sub(r"\s+", "_", "_".join(parts)), []).append(entry)
+    for image_id, entries in ids.items():
+        if len(entries) > 1 or not image_id.isprintable():
+            paths = sorted({str(path) for path, *_ in entries})
+            failed.update(dict.fromkeys(paths, "annotated twice" if len(paths) < len(entries) else
+                                        f"{image_id!r} cannot be the id of {' and '.join(paths)}: rename them"))
+    ids = {image_id: entries[0] for image_id, entries in ids.items() if str(entries[0][0]) not in failed}
+    renamed = [f"{path} -> {image_id}" for image_id, (path, *_) in ids.items() if image_id != path.stem]
+    notes["ids with underscores for folders and spaces (" + "".join(renamed[:1]) + ")"] += len(renamed)
+    return ids
+
+
+def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=False, workers=None):
+    """Lays out data/VOC2012 from an export, and prints what is in it -> ["image: why it is left out", ...]."""
+    voc = Path(data) if Path(data).name == "VOC2012" else Path(data) / "VOC2012"
+    folder, notes, failed = Path(os.path.abspath(images)), Counter(), {}
+    if not folder.is_dir():
+        raise BadInput(f"no folder --images {images}: wanted the images that were annotated")
+    files = [path for path in files_below(folder) if path.suffix.lower() in ENDINGS
+             and not (folder / path).is_relative_to(os.path.abspath(voc))]
+    if coco:
+        wanted = names_file and tidy_names([line for line in read_text(names_file).splitlines() if line.strip()
+                                            and line.strip() not in NO_CLASS], names_file)
+        names, found = read_coco_export(coco, folder, files, wanted, crowds, notes, failed)
+    else:
+        names, found = read_yolo_export(yolo, folder, files, names_file, notes, failed)
+
+    ids, fitted, lists = name_images(found, notes, failed), {}, {}
+    pool = ThreadPoolExecutor(workers or os.cpu_count())
+    try:
+        jobs = a_few_ahead(ids, lambda i: pool.submit(fit_boxes, folder / ids[i][0], *ids[i][2:]), 64)
+        for image_id, job in tqdm(jobs, "images", len(ids), unit="image", disable=None):
+            try:
+                size, boxes, noted = job.result()
+            except BadInput as error:  # one bad image does not stop the others
+                failed[str(ids[image_id][0])] = str(error)
+                continue
+            notes.update(noted)
+            notes["images without a box left out"] += not boxes
+            if boxes:
+                fitted[image_id] = size, boxes
+    finally:
+        pool.shutdown(cancel_futures=True)
+    fitted = {image_id: fitted[image_id] for image_id in ids if image_id in fitted}  # in order again
+    for image_id in fitted:  # ids {id: (image, split, stated size, boxes)}; fitted {id: (size, boxes)}
+        lists.setdefault(ids[image_id][1] or "train", []).append(image_id)
+    lists = {"train": lists.popitem()[1]} if len(lists) == 1 else lists
+    failures = sorted(f"{image}: {' '.join(why.split())}" for image, why in failed.items())
+    for note, count in notes.items():
+        if count:
+            print(f"{count} {note}")
+    if "train" not in lists:
+        raise BadInput(f"{'--yolo' if yolo else '--coco'} {yolo or coco[0]}: no image to train on"
+                       + "".join(f"; {why}" for why in failures[:1]))
+
+    source = {"boxes": [os.path.abspath(path) for path in coco or [yolo]], "images": str(folder)}
+    texts = {"class_names.txt": "\n".join(["background", *names]) + "\n"}
+    texts |= {f"Annotations/{i}.xml": voc_xml(ids[i][0].name, *boxes) for i, boxes in fitted.items()}
+    lay_out(voc, source, lists, texts, {f"JPEGImages/{i}{ids[i][0].suffix}": folder / ids[i][0] for i in fitted})
+    for split, members in lists.items():
+        print(f"{split}.txt: {len(members)} images, {sum(len(fitted[i][1]) for i in members)} boxes")
+    counts = Counter(name for _, boxes in fitted.values() for name, *_ in boxes)
+    print(f"{len(names)} classes, boxes of each: " + ", ".join(f"{name} {counts[name]}" for name in names))
+    return failures
+
+
+def draw_sheet(voc, ids, folders, path, annotated=True):
+    """What to look at before training, as one picture at path: a row for each id, image with its boxes | B | M."""
+    names, rows = class_names(voc), []
+    for image_id in ids:
+        image = read_image(find_image(Path(voc) / "JPEGImages", image_id))
+        size, scale = image.shape[:2], 240 / image.shape[0]
+        panels = [image]
+        for folder in folders:
+            labels = read_label(folder / f"{image_id}.png", size, len(names))
+            panels.append((0.4 * image + 0.6 * np.where(labels[..., None], voc_palette()[labels], 0)).astype(np.uint8))
+        panels = [cv2.resize(panel, (max(1, round(scale * size[1])), 240)) for panel in panels]
+        xml = Path(voc) / "Annotations" / f"{image_id}.xml"
+        boxes, classes = read_boxes(xml, names, size) if annotated else ([], [])
+        for k in larger_first(boxes):
+            x0, y0, x1, y1 = (round(scale * int(edge)) for edge in boxes[k])
+            colour, words = voc_palette()[classes[k]].tolist(), names[classes[k]].encode("ascii", "replace").decode()
+            cv2.rectangle(panels[0], (x0, y0), (x1 - 1, y1 - 1), colour, 2)
+            for thick, ink in ((4, (255, 255, 255)), (1, colour)):  # OpenCV's fonts know ASCII alone
+                cv2.putText(panels[0], words, (x0 + 5, y0 + 17), cv2.FONT_HERSHEY_SIMPLEX, 0.5, ink, thick, cv2.LINE_AA)
+        rows.append(np.hstack(panels))
+    width = max(row.shape[1] for row in rows)
+    rows = [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=255) for row in rows]
+    with writing(path) as temporary:
+        Image.fromarray(np.vstack(rows)).save(temporary, "PNG")
+
+
 # ---------------------------------------------------------------- command line
 def parse_arguments():
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
@@ -840,6 +1281,16 @@ def parse_arguments():
     source.add_argument("--score-threshold", type=float, default=0.5, help="a detection counts from this score on "
                         "(default: 0.5, ours)")
     source.add_argument("--device", default="cpu", help="of the detector; GrabCut runs on the CPU (default: cpu)")
+    own = parser.add_argument_group("boxes of one's own, laid out in VOC's form in --data")
+    own.add_argument("--coco", nargs="+", metavar="PATH", help="COCO's JSON files, or the folder of an export that has "
+                     "them (CVAT, Label Studio, Roboflow, labelme)")
+    own.add_argument("--yolo", metavar="DIR", help="YOLO's label files: boxes, outlines or rotated boxes")
+    own.add_argument("--images", metavar="DIR", help="the images, in sub-folders or not; they are linked or copied")
+    own.add_argument("--class-names", metavar="FILE", help="with --yolo data.yaml, obj.names or classes.txt (default: "
+                     "the one there or above it); with --coco the classes to take, one a line (default: all)")
+    own.add_argument("--crowds", action="store_true", help="take COCO's boxes with iscrowd 1, too")
+    own.add_argument("--show", type=int, metavar="N", help="write sheet.png beside BoxMasks/: N images with their "
+                     "boxes, B and M (default: 12 for --coco and --yolo, otherwise 0)")
     one = parser.add_argument_group("one picture")
     one.add_argument("--image", metavar="FILE", help="show the mask of one box: writes FILE_grabcut.png beside it")
     one.add_argument("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="its pixels, from 0, X1 and Y1 "
@@ -849,6 +1300,11 @@ def parse_arguments():
         parser.error("--image and --box go together")
     if arguments.split and arguments.list:
         parser.error("--split or --list, not both")
+    own_boxes = bool(arguments.coco) + bool(arguments.yolo)
+    if own_boxes > 1 or own_boxes != bool(arguments.images) or arguments.class_names and not own_boxes:
+        parser.error("--images DIR goes with --coco or --yolo, one of them, and --class-names with both")
+    if arguments.show is None:
+        arguments.show = 12 * own_boxes
     if min(arguments.iterations, 1 if arguments.workers is None else arguments.workers, arguments.working_size - 7) < 1:
         parser.error("--iterations and --workers of at least 1, --working-size of at least 8 wanted")
     if not (0 < arguments.margin < 100 and 0 <= arguments.min_fill <= 1 and 0 <= arguments.score_threshold <= 1):
@@ -875,6 +1331,10 @@ def main():
         print(f"{path}: filling rate {rate:.3f}" + (f" (not at the first attempt: {why})" if why else ""))
         return 0
 
+    left_out = []
+    if arguments.images:
+        left_out = import_boxes(arguments.data, arguments.images, arguments.coco, arguments.yolo,
+                                arguments.class_names, arguments.crowds, arguments.workers)
     voc = find_voc(arguments.data)
     if arguments.fill_rates:
         keep_apart([Path(f"{arguments.fill_rates}.{ending}") for ending in ("json", "png")], [voc / "JPEGImages"])
@@ -907,11 +1367,22 @@ def main():
         with writing(f"{arguments.fill_rates}.png") as temporary:
             Image.fromarray(draw_fill_rates(table)).save(temporary, "PNG")
         print(f"filling rates: {arguments.fill_rates}.json, {arguments.fill_rates}.png")
+    if arguments.show and (made := [i for i in ids if all((folder / f"{i}.png").exists() for folder in folders)]):
+        count = min(arguments.show, len(made))
+        sheet = folders[0].parent / "sheet.png"
+        draw_sheet(voc, [made[i * len(made) // count] for i in range(count)], folders, sheet, detect is None)
+        print(f"look at {sheet}: each image with its boxes, B and M")
+    if arguments.images:
+        options = " --val-split none" if (lists / "val.txt").exists() else ""  # val.txt without true masks
+        print(f"then: python train_box2seg.py --data {arguments.data}{options} --out runs/mine")
+        print(f"  or: python train_boxsup.py --data {arguments.data}{options} --out runs/mine")
+    if left_out:
+        print(f"{len(left_out)} images of the export were left out; fix them and run again to add them:", *left_out,
+              sep="\n  ", file=sys.stderr)
     if failures:
         print(f"{len(failures)} of {len(ids)} images got no labels; fix them or take them off the list and run again:",
               *failures, sep="\n  ", file=sys.stderr)
-        return 1
-    return 0
+    return 1 if failures or left_out else 0
 
 
 if __name__ == "__main__":
