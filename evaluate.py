@@ -6,11 +6,11 @@ mean intersection over union (mIoU) on VOC 2012's val, 1449 images. It is the be
 images are counted in one table of truth against prediction, at the images' own sizes, without those whose truth is 255
 (the border around objects); IoU per class from that table; then the mean over classes, background included.
 
-Run:    python evaluate.py --data VOCdevkit --checkpoint runs/box2seg/best.pt
+Run:    python evaluate.py --data VOCdevkit --checkpoint runs/box2seg/last.pt
         python evaluate.py --data VOCdevkit --labels VOCdevkit/VOC2012/GrabCutMasks     (the row GrabCut-NoTrain-GT)
         python evaluate.py --checkpoint runs/box2seg/last.pt --crf                      (Box2Seg (C): 74.9 -> 76.4)
         python evaluate.py --checkpoint runs/boxsup/last.pt --crf-search --split train  (find the CRF's parameters)
-        python evaluate.py --checkpoint runs/box2seg/best.pt --images holiday --out holiday_labels
+        python evaluate.py --checkpoint runs/box2seg/last.pt --images holiday --out holiday_labels
         python evaluate.py --checkpoint runs/box2seg/last.pt --trimap-plot fig4.png             (BoxSup's Fig. 4)
         python evaluate.py --checkpoint runs/box2seg/last.pt --attention fig4 --affinity fig5   (Box2Seg's Fig. 4, 5)
         python evaluate.py --labels VOCdevkit/VOC2012/BoxMasks --against VOCdevkit/VOC2012/GrabCutMasks

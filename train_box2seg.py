@@ -2,14 +2,14 @@
 
     python train_box2seg.py --data VOCdevkit                                   # Table 1: Box2Seg, 74.9 in the paper
     python train_box2seg.py --data VOCdevkit --loss grabcut                    # a row of Table 3
-    python train_box2seg.py --data VOCdevkit --init runs/box2seg/best.pt --masks 0.1     # a row of Table 5
+    python train_box2seg.py --data VOCdevkit --init runs/box2seg/last.pt --masks 0.1     # a row of Table 5
     python train_box2seg.py --data toy/VOCdevkit --recipe small                # synthetic images, minutes on a laptop
     torchrun --nproc-per-node 4 train_box2seg.py --data VOCdevkit --sync-bn    # four GPUs, the same total batch
     python train_box2seg.py --resume --out runs/box2seg                        # go on where it stopped, bit for bit
 
 Reads    VOC2012/{JPEGImages,Annotations,ImageSets/Segmentation}, and SegmentationClass to validate on.
 Writes   VOC2012/{BoxMasks,GrabCutMasks} where missing (stage 0), and in --out:
-         last.pt, best.pt   checkpoints (best: by mIoU on --val-split), as evaluate.py reads them
+         last.pt, best.pt   checkpoints, as evaluate.py reads them; report last.pt: best.pt is chosen on --val-split
          log.jsonl          first line the arguments, git revision, versions, device, seed; then a record every
                             --log-every steps: loss terms by their name in the paper (of the first process's share of
                             the batch), learning rate, images per second; and a record for each validation

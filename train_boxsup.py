@@ -15,7 +15,7 @@ Writes   in --out:
          masks/<id>.png     the masks that the network trains on now, made anew before each epoch; masks-1/, masks-2/
                             those of the --extra sets
          masks.png          some of them over the epochs, as in the paper's Fig. 3
-         last.pt, best.pt   checkpoints (best: by mIoU on --val-split), as evaluate.py reads them
+         last.pt, best.pt   checkpoints, as evaluate.py reads them; report last.pt: best.pt is chosen on --val-split
          log.jsonl          first line the arguments, git revision, versions, device, seed; then a record for each label
                             update, every --log-every steps, and each validation
 

@@ -38,6 +38,11 @@ def test_every_loss_is_in_the_equation_table():
     assert set(functions) <= set(named)
 
 
+def test_no_command_scores_the_checkpoint_that_was_chosen_on_the_images_it_is_scored_on():
+    for text in [README] + [script.read_text() for script in SCRIPTS]:
+        assert not re.findall(r"--(?:checkpoint|init) \S*best\.pt", text)
+
+
 def test_files_and_flags_that_the_readme_names_exist():
     for path in re.findall(r"\]\(([^)h#][^)#]*)\)", README):
         assert (ROOT / path).exists(), path
