@@ -154,9 +154,11 @@ def dead_attention(means):
 class Crops(torch.utils.data.Dataset):
     """(epoch, index) -> image (crop, crop, 3), B (crop, crop), labels for the cross-entropy (crop, crop), all uint8.
 
-    A view depends on (seed, epoch, index) alone, not on which worker makes it or what was made before: that is what
-    makes a run repeatable with any number of workers, and resumable in the middle of an epoch.
+    A view depends on (seed, stage, epoch, index) alone, not on which worker makes it or what was made before: that is
+    what makes a run repeatable with any number of workers, and resumable in the middle of an epoch.
     """
+    stage = 1                     # main() counts up: stage 2 sees other views than stage 1
+
     def __init__(self, voc, labels_dir, kinds, ids, num_classes, crop, scale_range, colour, seed):
         self.voc, self.labels_dir, self.kinds, self.ids = voc, labels_dir, kinds, ids
         self.num_classes, self.view, self.seed = num_classes, (crop, scale_range, colour), seed
@@ -179,7 +181,7 @@ class Crops(torch.utils.data.Dataset):
         image_file, *label_files = self.files(index)
         image = read_image(image_file)
         maps = [read_label(path, image.shape[:2], self.num_classes) for path in label_files]
-        rng = np.random.default_rng((self.seed, epoch, index))
+        rng = np.random.default_rng((self.seed, epoch, index, self.stage))
         image, maps = random_crop(image, maps, rng, *self.view)
         return image, maps[0], maps[-1]  # with one label map B and labels are the same
 
@@ -383,6 +385,7 @@ def main(argv):
         step = first_step if stage == first_stage else 0
         if stage < first_stage or step >= epochs * per_epoch:
             continue
+        crops.stage = stage
         optimizer = make_optimizer(network, args)
         if saved and stage == first_stage:
             optimizer.load_state_dict(saved["optimizer"])

@@ -200,6 +200,16 @@ def test_every_row_trains_its_own_terms(toy, tmp_path, row, capsys):
     assert all(f"  {term} " in line for term in expected) and "mIoU" in line and "img/s" in line
 
 
+def test_no_two_views_of_a_run_are_the_same(toy, tmp_path, monkeypatch):
+    """Also of the two stages, whose epochs count from 0 alike. NumPy takes a seed (0, 3) and a seed (0, 3, 0) for the
+    same: no two keys may be equal but for such zeros."""
+    keys, original = [], np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda key: keys.append(key) or original(key))
+    assert train(toy, tmp_path) == 0
+    keys = [np.trim_zeros(key, "b") for key in keys if not isinstance(key, int) and len(key) > 2]
+    assert len(keys) == 12 + 2 * 12 and len(set(keys)) == len(keys)
+
+
 def test_training_learns(toy, tmp_path):
     assert train(toy, tmp_path, "--loss", "mask", "--epochs", 15, "--val-every", 15) == 0
     curve = [r["L_CE"] for r in log_of(tmp_path) if "L_CE" in r]
