@@ -374,20 +374,23 @@ class Box2SegNet(nn.Module):
         fused = torch.cat([upsample(level, c2) for level in levels], dim=1)      # (N, 4F, 81, 81)
         return self.fuse(fused)                                                  # (N,  F, 81, 81)
 
-    def branches(self, x):
+    def branches(self, x, embedding_only=False):
         """
         All three branches, in any mode: normalised images (N, 3, H, W) ->
         logits of y (N, L+1, h, w), logits of alpha (N, L, h, w), beta (N, d, h, w), with h = ceil(H/4), w = ceil(W/4).
-        Softmax, sigmoid and the normalisation of Eq. 9 are the losses' part. None for a branch that was not built.
+        Softmax, sigmoid and the normalisation of Eq. 9 are the losses' part. None for a branch that was not built, and
+        with embedding_only for y and alpha: stage 1 trains beta.
         """
         f = self.features(x)                                                     # (N, F, 81, 81)
+        if embedding_only:
+            return None, None, self.embedding(f)
         return (self.segmentation(f),                                            # (N, 21, 81, 81)
                 self.attention(f) if self.attention is not None else None,       # (N, 20, 81, 81)
                 self.embedding(f) if self.embedding is not None else None)       # (N, 64, 81, 81)
 
-    def forward(self, x):
+    def forward(self, x, embedding_only=False):
         """In training all three, see branches(); in eval mode the logits of y alone, (N, L+1, ceil(H/4), ceil(W/4))."""
-        return self.branches(x) if self.training else self.segmentation(self.features(x))
+        return self.branches(x, embedding_only) if self.training else self.segmentation(self.features(x))
 
     def plain(self):
         """

@@ -104,8 +104,10 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
         # PAPER SILENT: how B and M get to m = n / 16. Each cell takes the label at its centre, so that no label is
         # blended with another; fill rates (Eq. 7) are those of the crop, on this grid.
         with autocast:
-            logits, attention, beta = model(normalize(image))   # (N, L+1, h, w), (N, L, h, w), (N, d, h, w)
-        B, M = (F.interpolate(t[:, None], logits.shape[2:], mode="nearest-exact")[:, 0] for t in (B, M))     # (N, h, w)
+            # (N, L+1, h, w), (N, L, h, w), (N, d, h, w); the first two None in stage 1
+            logits, attention, beta = model(normalize(image), embedding_only=stage == 1)
+        grid = (beta if stage == 1 else logits).shape[2:]
+        B, M = (F.interpolate(t[:, None], grid, mode="nearest-exact")[:, 0] for t in (B, M))         # (N, h, w)
         num_samples = None
         if beta is not None:                                    # "randomly sampling 10% of pixel pairs"
             sampling.manual_seed(seed_of(args.seed, stage, step, rank_and_world()[0]))

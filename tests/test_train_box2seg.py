@@ -269,6 +269,24 @@ def test_kill_9_and_ctrl_c(toy, tmp_path, whole_run):
         (r["stage"], r["step"]) for r in log_of(whole_run) if "L" in r]
 
 
+def test_stage_1_leaves_the_decoders_of_y_and_alpha_alone(toy, tmp_path, monkeypatch):
+    calls, original = [0], losses.affinity_loss
+
+    def interrupted(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(losses, "affinity_loss", interrupted)
+    assert train(toy, tmp_path) == 130
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (saved["stage"], saved["step"]) == (1, 2)
+    batches_seen = {name: saved["model"][f"{name}.1.num_batches_tracked"].item() for name in (
+        "segmentation", "attention", "embedding")}
+    assert batches_seen == {"segmentation": 0, "attention": 0, "embedding": 2}
+
+
 def test_resume_of_a_finished_run_changes_nothing(toy, tmp_path, whole_run):
     before = (whole_run / "last.pt").read_bytes()
     assert train(toy, whole_run, "--resume") == 0
