@@ -965,8 +965,8 @@ def save_checkpoint(path, network, optimizer, scaler, args, names, ids, **more):
     if rank_and_world()[0] == 0:
         try:
             torch.save({"model": network.state_dict(), "arch": network.arch, "class_names": names, "args": vars(args),
-                        "images": len(ids), "list": fingerprint(ids), "optimizer": optimizer.state_dict(),
-                        "scaler": scaler.state_dict(), **more}, f"{path}.tmp")
+                        "images": len(ids), "list": fingerprint(ids), "world": rank_and_world()[1],
+                        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), **more}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
         except (OSError, RuntimeError) as error:              # to torch a full disk is a RuntimeError
             raise BadInput(f"{path}: cannot be written ({str(error).splitlines()[0]}): make room, then --resume"
@@ -998,7 +998,11 @@ def fingerprint(ids):
 
 
 def check_images(ids, names, list_file, args, saved, out):
-    """Whether these images are those of the run that goes on, and are enough."""
+    """Whether images and processes are those of the run that goes on, and the images enough."""
+    world = rank_and_world()[1]
+    if saved and saved["world"] != world:       # each process has batch statistics and samples of its own
+        raise BadInput(f"{out / 'last.pt'}: a run of {saved['world']} processes cannot go on with {world}: give torchrun "
+                       f"--nproc-per-node {saved['world']}" + (", or no torchrun" if saved["world"] == 1 else ""))
     if saved and (saved["class_names"], saved.get("list")) != (names, fingerprint(ids)):
         raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
                        "classes, other ones than here; give the --data that it had")

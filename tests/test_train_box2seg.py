@@ -452,6 +452,14 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_arguments
     assert (whole_run / "last.pt").read_bytes() == before
 
 
+def test_a_run_goes_on_with_as_many_processes_as_it_had(toy, tmp_path, whole_run):
+    saved = torch.load(whole_run / "last.pt", weights_only=True)
+    assert saved["world"] == 1
+    torch.save(saved | {"world": 2}, tmp_path / "last.pt")
+    with pytest.raises(train_box2seg.BadInput, match="a run of 2 processes cannot go on with 1: .*--nproc-per-node 2"):
+        train(toy, tmp_path, "--resume")
+
+
 def test_a_damaged_checkpoint_is_one_line(toy, tmp_path, whole_run):
     (tmp_path / "last.pt").write_bytes((whole_run / "last.pt").read_bytes()[:1000])
     assert "last.pt" in complaint("--resume", "--out", tmp_path)
