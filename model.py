@@ -930,6 +930,10 @@ def place_network(network, args, saved, names, device):
         print_rank0(initialize(network, args.init, names))
     if args.freeze_bn:
         network.freeze_batch_norm()
+    share = args.batch_size // rank_and_world()[1]
+    if share < 4 and not args.sync_bn and isinstance(network, Box2SegNet):
+        print_rank0(f"{share} images in a batch of each process: the pyramid's 1x1 map has {share} values a channel, of "
+                    "which batch norm leaves little (of 2, nothing: +1 and -1 whatever the images); give at least 4")
     network.to(device, memory_format=torch.channels_last)
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if args.sync_bn else network
 

@@ -358,6 +358,12 @@ def test_init_from_another_class_count_starts_the_heads_fresh_and_says_so(toy, t
     assert "fresh: segmentation.3.weight, segmentation.3.bias\n" in said and "7 classes" in said
 
 
+def test_batches_too_small_for_batch_norm_are_reported(toy, tmp_path, capsys):
+    for size, count in ((2, 1), (4, 0)):
+        assert train(toy, tmp_path / str(size), "--batch-size", size, "--loss", "mask", "--epochs", 1) == 0
+        assert capsys.readouterr().out.count("+1 and -1 whatever the images") == count
+
+
 def test_masks_is_a_fixed_fraction(toy, tmp_path, whole_run, capsys):
     for seed in (0, 1):
         out = tmp_path / str(seed)
