@@ -785,8 +785,8 @@ def add_common_arguments(parser, recipes, default_out):
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu (default here: "
         "%(default)s)")
-    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision (ours: auto, "
-        "that is bf16 where the hardware has it)")
+    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision of the "
+        "steps, not of scores (ours: auto, that is bf16 where the hardware has it)")
     add("--compile", action="store_true", help="torch.compile the network")
     add("--sync-bn", action="store_true", help="batch norm over all processes")
     add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower): "
@@ -1140,7 +1140,7 @@ def evaluating(network):
         torch.backends.cudnn.benchmark = benchmark
 
 
-def validate(network, ids, read_pair, scale, autocast):
+def validate(network, ids, read_pair, scale):
     """mIoU in 0..1 over the list, at the images' own resolution; each process takes its share of the images.
 
     read_pair: id -> image (H, W, 3), true labels (H, W), uint8 arrays; scale: that at which the network sees the image.
@@ -1150,8 +1150,7 @@ def validate(network, ids, read_pair, scale, autocast):
     confusion = torch.zeros(C, C, dtype=torch.int64, device=device)
     with evaluating(network):
         for image, truth in map(read_pair, ids[rank::world]):
-            with autocast:
-                prediction = predict(network, image, scales=(scale,)).max(0).indices
+            prediction = predict(network, image, scales=(scale,)).max(0).indices             # in float32
             confusion += losses.confusion_matrix(prediction, torch.from_numpy(truth).to(device), C)
     if world > 1:
         dist.all_reduce(confusion)

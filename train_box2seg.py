@@ -401,7 +401,7 @@ def main(argv):
                             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
         def score():
-            return validate(network, val_ids, read, args.val_scale, autocast)
+            return validate(network, val_ids, read, args.val_scale)
 
         progress = Progress(args, out, save, score if stage == 2 and val_ids else None, interrupted,
                             title=f"stage {stage}", where={"stage": stage}, step=step, epochs=epochs,

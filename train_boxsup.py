@@ -100,7 +100,7 @@ def train(network, images, boxed, choices, optimizer, autocast, scaler, args, pr
         if boxed and progress.step == epoch * progress.per_epoch:
             started, scorer = time.time(), network if epoch >= args.warm_up else None
             with evaluating(network):
-                new, sums, confusion = update_labels(scorer, images, boxed, choices, epoch, args, autocast, num_classes,
+                new, sums, confusion = update_labels(scorer, images, boxed, choices, epoch, args, num_classes,
                                                      progress.interrupted)
             choices.update(new)
             report_labels(images, boxed, epoch, scorer, sums, confusion, time.time() - started, args, progress)
@@ -123,7 +123,7 @@ def train(network, images, boxed, choices, optimizer, autocast, scaler, args, pr
             progress.finish_step(lr, {"E_r": loss})
 
 
-def update_labels(scorer, images, boxed, previous, epoch, args, autocast, num_classes, interrupted):
+def update_labels(scorer, images, boxed, previous, epoch, args, num_classes, interrupted):
     """Sect. 4.3, first step: "With the network parameters theta fixed, we update the semantic labeling {l_S} [...] by
     selecting a single candidate segment for each ground-truth bounding box, such that its cost E_o + lambda E_r is the
     smallest among all candidates", or one of the k smallest at random; and writes the masks that result.
@@ -144,7 +144,7 @@ def update_labels(scorer, images, boxed, previous, epoch, args, autocast, num_cl
             overlap = losses.overlap_cost(boxes, candidate_boxes).numpy()                         # (K, N), E_o
             cost = overlap
             if scorer is not None and len(boxes):
-                cost = score_candidates(scorer, image, c, images.ids[index], args, autocast)      # (K, N), Eq. 4
+                cost = score_candidates(scorer, image, c, images.ids[index], args)    # (K, N), Eq. 4
             rng = np.random.default_rng((args.seed, epoch, index, 1))   # 1: not the stream that makes the image's crop
             choice = choose(cost, overlap < 1, args.top_k, rng)                                   # (K,), of the N
             labels = paint(c["superpixels"].shape, c["boxes"], c["classes"], segments_of(choice, c))        # (H, W)
@@ -219,17 +219,16 @@ def segments_of(choice, candidates):
     return [candidates["members"][n][candidates["superpixels"]] if n >= 0 else None for n in choice]
 
 
-def score_candidates(network, image, c, image_id, args, autocast):
+def score_candidates(network, image, c, image_id, args):
     """Eq. 4 for an image (H, W, 3) and its candidates, as read_proposals() gives them -> (K, N) float32 array."""
     # PAPER SILENT: at which size the network sees an image here; its own, as at test (--val-scale).
     device = next(network.parameters()).device
     with torch.inference_mode():
-        with autocast:
-            logits = full_size_logits(network, torch.from_numpy(image), args.val_scale)           # (C, H, W)
+        logits = full_size_logits(network, torch.from_numpy(image), args.val_scale)               # (C, H, W), float32
         there = {key: torch.from_numpy(value).to(device) for key, value in c.items()}
         cost = losses.candidate_cost(logits, weight=args.lambda_r, **there).cpu().numpy()
     if not np.isfinite(cost).all():
-        raise BadInput(f"Eq. 4 is not finite for {image_id}: stopped; if --amp is fp16, give another")
+        raise BadInput(f"Eq. 4 is not finite for {image_id}: stopped; try a lower --lr")
     return cost
 
 
@@ -692,7 +691,7 @@ def main(argv):
                         boxes_of=torch.tensor([len(choice) for choice in held], dtype=torch.int64, device="cpu"))
 
     def score():
-        return validate(network, val_ids, partial(read_pair, voc, len(names)), args.val_scale, autocast)
+        return validate(network, val_ids, partial(read_pair, voc, len(names)), args.val_scale)
 
     progress = Progress(args, out, save, score if val_ids else None, catch_interrupts(), title="train", where={},
                         step=step, epochs=args.epochs, per_epoch=n // args.batch_size, best=best)

@@ -422,13 +422,12 @@ def update(c):
     args = argparse.Namespace(workers=min(8, os.cpu_count()), val_scale=1.0, lambda_r=3.0, top_k=5, seed=0)
 
     def whole():
-        train_boxsup.update_labels(network, images, indices, {}, 1, args, autocast(c), CLASSES, [])
+        train_boxsup.update_labels(network, images, indices, {}, 1, args, CLASSES, [])
 
     @torch.inference_mode()
     def forward():
         for index in indices:
-            with autocast(c):
-                train_boxsup.full_size_logits(network, pixels[index], 1.0)
+            train_boxsup.full_size_logits(network, pixels[index], 1.0)
 
     both, alone = by_turns(c, whole, forward, warm=1)
     return row("update", f"forward, {c.boxsup}", "s/image", [(b - a) / len(indices) for b, a in zip(both, alone)],

@@ -325,8 +325,7 @@ def test_two_processes(toy, tmp_path):
     network, _ = load_network(tmp_path / "last.pt")
     voc = toy / "VOC2012"
     ids = train_box2seg.read_list(voc / "ImageSets" / "Segmentation" / "val.txt")
-    alone = validate(network, ids, functools.partial(train_box2seg.read_pair, voc, 6), 1.0,
-                     torch.autocast("cpu", enabled=False))
+    alone = validate(network, ids, functools.partial(train_box2seg.read_pair, voc, 6), 1.0)
     assert [r["miou"] for r in log if "miou" in r][-1] == pytest.approx(alone, abs=1e-12)
 
 
@@ -339,6 +338,18 @@ def test_mixed_precision_follows_float32(toy, tmp_path, amp):
     assert curves[0] != curves[1] and np.allclose(*curves, rtol=0.1)
     scaler = torch.load(tmp_path / amp / "last.pt", weights_only=True)["scaler"]
     assert not scaler if amp == "bf16" else scaler["scale"] >= 1 and scaler["_growth_tracker"] > 0  # steps taken
+
+
+def test_scores_are_computed_in_float32(toy, tmp_path, monkeypatch):
+    modes, original = set(), train_box2seg.Box2SegNet.forward
+
+    def forward(network, *args, **kwargs):
+        modes.add((network.training, torch.is_autocast_enabled("cpu")))
+        return original(network, *args, **kwargs)
+
+    monkeypatch.setattr(train_box2seg.Box2SegNet, "forward", forward)
+    assert train(toy, tmp_path, "--amp", "bf16", "--loss", "mask", "--epochs", 1) == 0
+    assert modes == {(True, True), (False, False)}
 
 
 def test_a_weight_of_0_leaves_the_branch_out(toy, tmp_path):

@@ -160,7 +160,7 @@ def update(toy, out, network, **options):
     images, updated, _, _ = train_boxsup.training_images(voc, names, args, out)
     (out / "masks").mkdir(parents=True, exist_ok=True)
     choices, sums, confusion = train_boxsup.update_labels(
-        network, images, range(updated), {}, 0, args, torch.autocast("cpu", enabled=False), len(names), [])
+        network, images, range(updated), {}, 0, args, len(names), [])
     return choices, sums, losses.iou(confusion).nanmean().item(), images
 
 
@@ -246,6 +246,18 @@ def test_training_learns(toy, tmp_path):
     assert train(toy, tmp_path, "--supervision", "masks", "--epochs", 15, "--val-every", 15, "--lr-drop", 15) == 0
     curve = [r["E_r"] for r in log_of(tmp_path) if "E_r" in r]
     assert np.mean(curve[-6:]) < 0.7 * np.mean(curve[:6])
+
+
+def test_scores_and_costs_are_computed_in_float32(toy, tmp_path, monkeypatch):
+    modes, original = set(), train_boxsup.Box2SegNet.forward
+
+    def forward(network, *args, **kwargs):
+        modes.add((network.training, torch.is_autocast_enabled("cpu")))
+        return original(network, *args, **kwargs)
+
+    monkeypatch.setattr(train_boxsup.Box2SegNet, "forward", forward)
+    assert train(toy, tmp_path, "--amp", "bf16", "--epochs", 2) == 0
+    assert modes == {(True, True), (False, False)}
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
