@@ -913,7 +913,7 @@ def mixed_precision(amp, device):
     fp16)."""
     if amp == "auto":     # bf16 where the hardware multiplies it: it needs no loss scaling and halves the memory
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
-                  torch.cpu._is_avx512_bf16_supported())
+                  getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))  # unknown to an old PyTorch
         amp = "bf16" if native else "off"
     half = torch.float16 if amp == "fp16" else torch.bfloat16
     return (amp, torch.autocast(device.type, half, enabled=amp != "off"),

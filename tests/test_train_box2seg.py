@@ -18,7 +18,7 @@ from toy_voc import make_toy_voc
 
 import losses
 import train_box2seg
-from model import batches, load_network, random_crop, validate
+from model import batches, load_network, mixed_precision, random_crop, validate
 from train_box2seg import ROWS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_box2seg.py"
@@ -350,6 +350,14 @@ def test_scores_are_computed_in_float32(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(train_box2seg.Box2SegNet, "forward", forward)
     assert train(toy, tmp_path, "--amp", "bf16", "--loss", "mask", "--epochs", 1) == 0
     assert modes == {(True, True), (False, False)}
+
+
+def test_auto_is_bf16_only_where_the_processor_has_it(monkeypatch):
+    for capabilities, amp in (({"avx512_bf16": True}, "bf16"), ({"avx512_bf16": False}, "off"), ({}, "off")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        assert mixed_precision("auto", torch.device("cpu"))[0] == amp
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert mixed_precision("auto", torch.device("cpu"))[0] == "off"
 
 
 def test_a_weight_of_0_leaves_the_branch_out(toy, tmp_path):
