@@ -932,8 +932,8 @@ def place_network(network, args, saved, names, device):
         network.freeze_batch_norm()
     share = args.batch_size // rank_and_world()[1]
     if share < 4 and not args.sync_bn and isinstance(network, Box2SegNet):
-        print_rank0(f"{share} images in a batch of each process: the pyramid's 1x1 map has {share} values a channel, of "
-                    "which batch norm leaves little (of 2, nothing: +1 and -1 whatever the images); give at least 4")
+        print_rank0(f"{share} images in a batch of each process: the pyramid's 1x1 map has {share} values a channel, "
+                    "and batch norm leaves little of them (of 2: +1 and -1 whatever the images); give at least 4")
     network.to(device, memory_format=torch.channels_last)
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if args.sync_bn else network
 
@@ -1005,8 +1005,8 @@ def check_images(ids, names, list_file, args, saved, out):
     """Whether images and processes are those of the run that goes on, and the images enough."""
     world = rank_and_world()[1]
     if saved and saved["world"] != world:       # each process has batch statistics and samples of its own
-        raise BadInput(f"{out / 'last.pt'}: a run of {saved['world']} processes cannot go on with {world}: give torchrun "
-                       f"--nproc-per-node {saved['world']}" + (", or no torchrun" if saved["world"] == 1 else ""))
+        raise BadInput(f"{out / 'last.pt'}: a run of {saved['world']} processes cannot go on with {world}: give "
+                       f"torchrun --nproc-per-node {saved['world']}")
     if saved and (saved["class_names"], saved.get("list")) != (names, fingerprint(ids)):
         raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
                        "classes, other ones than here; give the --data that it had")
