@@ -52,7 +52,7 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
     "mask":         ("masks",          "L_CE",    False, None,    False),
     # PAPER SILENT: what keeps attention from 0 in Table 4. L_alpha^fr, with the filling rates of the true masks.
     "mask-aw":      ("masks",          "L_CE",    True,  "fr",    False),
-    "filling-rate": ("boxes",          "L_FR",    False, None,    False),  # Song et al. 2019, the foil of Sect. 2
+    "filling-rate": ("boxes",          "L_FR",    False, None,    False),  # Song et al. 2019, see Sect. 2
 }
 
 # --recipe sets these defaults; a flag of its own overrides each.
@@ -198,7 +198,7 @@ def open_data(args, saved):
         return find_voc(args.data)
     except BadFile as error:
         raise BadInput(f"{error}; three ways on: --download fetches VOC 2012; python tests/toy_voc.py {args.data} "
-                       "draws a small set; for boxes of your own see README.md, 'Your own boxes'") from None
+                       "makes a small set; for boxes of your own see README.md, 'Your own boxes'") from None
 
 
 def training_list(voc, split):

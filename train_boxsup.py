@@ -177,8 +177,8 @@ def update_labels(scorer, images, boxed, previous, epoch, args, num_classes, int
 
 def read_proposals(images, index, num_classes):
     """-> image (H, W, 3) uint8, and the candidates of its boxes as mcg_candidates.py wrote them."""
-    picture, _, candidates = images.files(index)
-    image = read_image(picture)
+    image_file, _, candidates = images.files(index)
+    image = read_image(image_file)
     return image, read_candidates(candidates, image.shape[:2], num_classes)
 
 
@@ -233,7 +233,7 @@ def score_candidates(network, image, c, image_id, args):
 
 
 def full_size_logits(network, image, scale):
-    """A picture (H, W, 3) uint8 tensor -> logits at its own size, (C, H, W) float32, on the network's device."""
+    """An image (H, W, 3) uint8 tensor -> logits at its own size, (C, H, W) float32, on the network's device."""
     x = normalize(image[None].to(next(network.parameters()).device))            # (1, 3, H, W)
     H, W = x.shape[2:]
     if scale != 1:
@@ -311,8 +311,8 @@ def report_labels(images, boxed, epoch, scorer, sums, confusion, seconds, args, 
                 f"  mIoU of masks {100 * report['mask_miou']:5.2f}" if "mask_miou" in report else "") +
                 f"  {len(boxed) / seconds:5.1f} img/s", flush=True)
     if scorer is not None and box_iou < 0.95 * iou_overlap_only:    # E_o alone has 1, scraps 0.85 and less
-        print_rank0("the chosen segments no longer fit their boxes: the network is not sure enough of its objects to "
-                    "have such a say; start again with a longer --warm-up or a smaller --lambda-r", flush=True)
+        print_rank0("the chosen segments no longer fit their boxes: the network does not know its objects well enough "
+                    "to choose; start again with a longer --warm-up or a smaller --lambda-r", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,14 +321,14 @@ def report_labels(images, boxed, epoch, scorer, sums, confusion, seconds, args, 
 
 def show_masks(images, first, out, epoch, count):
     """Fig. 3: keeps this epoch's masks of a few images in out/epochs, and draws out/masks.png: a row an image, the
-    picture and its estimated masks over the epochs kept so far."""
+    image and its estimated masks over the epochs kept so far."""
     height, rows = 160, []
     colours = np.minimum(voc_palette() * 1.1 + 40, 255)
     chosen = range(first, len(images.ids), max(1, (len(images.ids) - first) // count))[:count]
     (out / "epochs").mkdir(exist_ok=True)
     for index in chosen:
-        picture, label_file, _ = images.files(index)
-        image = read_image(picture)
+        image_file, label_file, _ = images.files(index)
+        image = read_image(image_file)
         write_label(out / "epochs" / f"{index}-{epoch}.png", read_label(label_file))
         panels = [("image", image)]
         for kept in range(1, epoch + 1):
@@ -387,7 +387,7 @@ def open_data(args, saved):
         return find_voc(args.data)
     except BadFile as error:
         raise BadInput(f"{error}; three ways on: --download fetches VOC 2012; python tests/toy_voc.py {args.data} "
-                       "draws a small set; for boxes of your own see README.md, 'Your own boxes'") from None
+                       "makes a small set; for boxes of your own see README.md, 'Your own boxes'") from None
 
 
 def training_list(voc, split):
@@ -430,21 +430,21 @@ def read_pair(voc, num_classes, image_id):
 class Images:
     """The training set: ids of several sources, and where the files of each lie. It holds the ids and nothing else.
 
-    A source is (folder of pictures, folder of candidates or None, folder of label maps or None: true masks).
+    A source is (folder of images, folder of candidates or None, folder of label maps or None: true masks).
     """
     def __init__(self, voc):
         self.voc, self.sources, self.ids, self.source_of = voc, [], [], []
 
-    def add(self, ids, pictures, candidates, labels):
+    def add(self, ids, image_dir, candidates, labels):
         self.ids += ids
         self.source_of += [len(self.sources)] * len(ids)
-        self.sources.append((pictures, candidates, labels))
+        self.sources.append((image_dir, candidates, labels))
 
     def files(self, index):
-        """-> picture, label map, candidates (None where there are none)."""
-        image_id, (pictures, candidates, labels) = self.ids[index], self.sources[self.source_of[index]]
+        """-> image, label map, candidates (None where there are none)."""
+        image_id, (image_dir, candidates, labels) = self.ids[index], self.sources[self.source_of[index]]
         label_file = labels / f"{image_id}.png" if labels else truth_file(self.voc, image_id)
-        return find_image(pictures, image_id), label_file, candidates and candidates / f"{image_id}.npz"
+        return find_image(image_dir, image_id), label_file, candidates and candidates / f"{image_id}.npz"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -533,34 +533,34 @@ def training_images(voc, names, args, out):
     """
     images = Images(voc)
     ids, list_file = training_list(voc, args.split)
-    pictures = voc / "JPEGImages"
+    image_dir = voc / "JPEGImages"
     masked = ids if args.supervision == "masks" else read_list(args.masks_list) if args.masks_list else []
     if outside := set(masked) - set(ids):
         raise BadInput(f"{args.masks_list}: {min(outside)} is not in {list_file}: take it off, or give another --split")
     known = set(masked)
     boxed = [i for i in ids if i not in known]
     if masked:
-        images.add(masked, pictures, None, None)
+        images.add(masked, image_dir, None, None)
 
-    further = []                                        # of other sets: ids, pictures, candidates, labels
-    trains = {f"{pictures.resolve()}/{i}": f"{list_file} names" for i in ids}
+    further = []                                        # of other sets: ids, images, candidates, labels
+    trains = {f"{image_dir.resolve()}/{i}": f"{list_file} names" for i in ids}
     for number, folder in enumerate(map(Path, args.extra), 1):
         source = read_source(folder)
-        drawn = source["method"] == "masks"             # by mcg_candidates.py --masks
+        true_masks = source["method"] == "masks"        # by mcg_candidates.py --masks
         extra = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in
-                       folder.rglob("*.png" if drawn else "*.npz") if not path.name.startswith("._"))
+                       folder.rglob("*.png" if true_masks else "*.npz") if not path.name.startswith("._"))
         if source["class_names"] != names:
             raise BadInput(f"--extra {folder}: made for other classes ({' '.join(source['class_names'][1:])}): make it "
                            "anew with this data's")
         if not extra:
-            raise BadInput(f"--extra {folder}: holds no {'masks' if drawn else 'candidates'}: make them by "
+            raise BadInput(f"--extra {folder}: holds no {'masks' if true_masks else 'candidates'}: make them by "
                            "mcg_candidates.py")
         where = source["images"].resolve()
         for i in extra:
             if owner := trains.get(f"{where}/{i}"):
                 raise BadInput(f"--extra {folder}: has {i}, which {owner} too: it would train twice")
             trains[f"{where}/{i}"] = "another --extra has"
-        if drawn:
+        if true_masks:
             images.add(extra, source["images"], None, folder)
         else:
             further.append((extra, source["images"], folder, out / f"masks-{number}"))
@@ -568,8 +568,9 @@ def training_images(voc, names, args, out):
 
     if boxed:
         candidates = Path(args.candidates or voc / f"Candidates-{args.method}")
-        images.add(boxed, pictures, *{"rectangles": (None, out / "masks"), "candidates": (candidates, out / "masks"),
-                                      "grabcut": (None, Path(args.grabcut or voc / "GrabCutMasks"))}[args.supervision])
+        masks, grabcut = out / "masks", Path(args.grabcut or voc / "GrabCutMasks")
+        images.add(boxed, image_dir, *{"rectangles": (None, masks), "candidates": (candidates, masks),
+                                       "grabcut": (None, grabcut)}[args.supervision])
     updated = (len(boxed) if args.supervision == "candidates" else 0) + sum(len(extra) for extra, *_ in further)
     for source in further:
         images.add(*source)
@@ -580,10 +581,10 @@ def write_rectangles(images, indices, names, keep):
     """--supervision rectangles: each box filled with its class (Fig. 2c), written to out/masks. keep: what is there."""
     require_a_box((images.voc / "Annotations" / f"{images.ids[index]}.xml" for index in indices), names)
     for index in tqdm(indices, "rectangles", unit="image", disable=None):
-        image_id, (picture, label_file, _) = images.ids[index], images.files(index)
+        image_id, (image_file, label_file, _) = images.ids[index], images.files(index)
         if keep and label_file.exists():
             continue
-        size = read_image(picture).shape[:2]
+        size = read_image(image_file).shape[:2]
         boxes, classes = read_boxes(images.voc / "Annotations" / f"{image_id}.xml", names, size)
         write_label(label_file, paint(size, boxes, classes, [None] * len(boxes)))
 
