@@ -1,11 +1,15 @@
-"""tests/ablation.py, candidate_quality.py and bench.py as somebody would call them, on a few tiny pictures."""
+"""tests/ablation.py, candidate_quality.py, bench.py and first_picture.py as somebody would call them, on tiny images."""
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import first_picture
+import numpy as np
 import pytest
+import torch
+from model import Box2SegNet
 from toy_voc import make_toy_voc
 
 HERE = Path(__file__).resolve().parent
@@ -81,3 +85,51 @@ def test_bench_writes_what_it_prints(folder):
         assert row["name"] in printed and row["low"] <= row["ratio"] <= row["high"] and row["ours"] > 0
     assert "no row stage:" in subprocess.run([sys.executable, HERE / "bench.py", "stage"], capture_output=True,
                                              text=True).stderr
+
+
+def test_first_picture(tmp_path, monkeypatch, capsys):
+    """On two rectangles in place of the photographs: B, M and the best candidates are the rectangle itself, whatever
+    the network; a checkpoint adds its prediction."""
+    rng = np.random.default_rng(0)
+
+    def drawn(name):
+        image = rng.integers(30, 50, (120, 160, 3), np.uint8)
+        image[20:100, 40:120] = (220, 40, 40)
+        return image
+
+    ious, shown = [], first_picture.shown
+
+    def watched(image, labels, names, *width):
+        inside, everywhere = np.count_nonzero(labels[20:100, 40:120]), np.count_nonzero(labels)
+        ious.append(inside / (80 * 80 + everywhere - inside))
+        return shown(image, labels, names, *width)
+
+    monkeypatch.setattr(first_picture, "photograph", drawn)
+    monkeypatch.setattr(first_picture, "shown", watched)
+    monkeypatch.setattr(first_picture, "PHOTOGRAPHS", {"a": ("cat", (40, 20, 120, 100)),
+                                                       "b": ("person", (40, 20, 120, 100))})
+    first_picture.main(["--out", str(tmp_path / "new" / "first.jpg")])
+    assert (tmp_path / "new" / "first.jpg").stat().st_size > 1000
+    box, grabcut, best = np.array(ious).reshape(2, 7).T[:3]  # of each row: B, M, five candidates
+    assert (box == 1).all() and grabcut.min() > 0.95 and best.min() > 0.95
+
+    network = Box2SegNet(21, "resnet18")
+    checkpoint = {"model": network.state_dict(), "arch": network.arch, "class_names": first_picture.VOC_CLASSES,
+                  "args": {"val_scale": 0.5}}
+    torch.save(checkpoint, tmp_path / "network.pt")
+    without = first_picture.row("a", None, first_picture.VOC_CLASSES, 1.0)
+    with_one = first_picture.row("a", network, first_picture.VOC_CLASSES, 0.5)
+    assert list(with_one) == [*without, "prediction"]
+    first_picture.main(["--out", str(tmp_path / "second.jpg"), "--checkpoint", str(tmp_path / "network.pt")])
+    assert "second.jpg" in capsys.readouterr().out
+    with pytest.raises(first_picture.BadInput, match="does not know the class cat"):
+        first_picture.row("a", network, ["background", "dog"], 1.0)
+    with pytest.raises(first_picture.BadInput, match="no such file"):
+        first_picture.main(["--checkpoint", str(tmp_path / "none.pt")])
+
+
+def test_first_picture_without_scikit_image(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    with pytest.raises(first_picture.BadInput, match="pip install scikit-image"):
+        first_picture.photograph("chelsea")
