@@ -1,4 +1,4 @@
-"""tests/ablation.py, candidate_quality.py, bench.py and first_picture.py as somebody would call them, on tiny images."""
+"""The scripts of tests/ (ablation, candidate_quality, bench, first_picture) as somebody would call them, in small."""
 import json
 import os
 import subprocess
@@ -88,8 +88,8 @@ def test_bench_writes_what_it_prints(folder):
 
 
 def test_first_picture(tmp_path, monkeypatch, capsys):
-    """On two rectangles in place of the photographs: B, M and the best candidates are the rectangle itself, whatever
-    the network; a checkpoint adds its prediction."""
+    """On a rectangle in place of each photograph: B, M and a candidate are that rectangle; a checkpoint adds its
+    prediction."""
     rng = np.random.default_rng(0)
 
     def drawn(name):
@@ -110,8 +110,9 @@ def test_first_picture(tmp_path, monkeypatch, capsys):
                                                        "b": ("person", (40, 20, 120, 100))})
     first_picture.main(["--out", str(tmp_path / "new" / "first.jpg")])
     assert (tmp_path / "new" / "first.jpg").stat().st_size > 1000
-    box, grabcut, best = np.array(ious).reshape(2, 7).T[:3]  # of each row: B, M, five candidates
-    assert (box == 1).all() and grabcut.min() > 0.95 and best.min() > 0.95
+    box, grabcut, *candidates = np.array(ious).reshape(2, 7).T  # of each row: B, M, five candidates
+    assert (box == 1).all() and grabcut.min() > 0.95
+    assert np.max(candidates, 0).min() > 0.95  # one of them at least: a segment with a notch has the same tight box
 
     network = Box2SegNet(21, "resnet18")
     checkpoint = {"model": network.state_dict(), "arch": network.arch, "class_names": first_picture.VOC_CLASSES,
