@@ -197,7 +197,7 @@ def training_step(c, network, images, loss_of, amp=None, channels_last=True, com
     return step
 
 
-def box2seg_step(c, images, B, M, backbone=None, **options):
+def box2seg_step(c, images, B, M, backbone=None, network=None, **options):
     """Three branches, all losses of Eq. 11, labels brought to the logits' grid: the step of train_box2seg.py."""
     generator = torch.Generator(c.device)
 
@@ -207,7 +207,7 @@ def box2seg_step(c, images, B, M, backbone=None, **options):
         generator.manual_seed(0)
         return losses.box2seg_loss(logits, attention.float().sigmoid(), beta, b, m, losses.pair_samples(m, CLASSES),
                                    generator=generator)[0]
-    return training_step(c, Box2SegNet(CLASSES, backbone or c.backbone), images, loss_of, **options)
+    return training_step(c, network or Box2SegNet(CLASSES, backbone or c.backbone), images, loss_of, **options)
 
 
 def plain_step(c, images, M):
@@ -475,6 +475,20 @@ def reference(c):
     note = f"ResNet-101, {len(images)} crops of {crop}" + (
         "; smp UPerNet: not installed" if len(theirs) == 1 else f"; smp {smp.__version__}")
     return [row("reference", name, "s", ours, other, "< 1", note) for name, other in zip(theirs, others)]
+
+
+def encoders(c):
+    """Box2Seg's step, all losses, with EfficientNet-Lite0 as the recipe "photos" trains it (8 crops of 193, BatchNorm of
+    the encoder frozen), against the same step with ResNet-18 and ResNet-101. One thread on a CPU."""
+    images, B, M = random_batch(c, 8, 193)
+    networks = {name: Box2SegNet(CLASSES, name) for name in ("efficientnet_lite0", "resnet18", "resnet101")}
+    networks["efficientnet_lite0"].freeze_batch_norm()
+    with one_core():
+        lite, *others = by_turns(c, *(box2seg_step(c, images, B, M, network=n) for n in networks.values()), warm=1)
+    count = ", ".join(f"{name} {sum(p.numel() for p in n.parameters()) / 1e6:.1f} M (encoder "
+                      f"{sum(p.numel() for p in n.encoder.parameters()) / 1e6:.1f} M)" for name, n in networks.items())
+    return [row("encoders lite0", name, "s", lite, other, "< 1", f"parameters: {count}")
+            for name, other in zip(list(networks)[1:], others)]
 
 
 def affinity(c):
@@ -773,8 +787,8 @@ def stream(c):
 
 
 ROWS = {function.__name__.rstrip("_"): function for function in (
-    grabcut, candidates, stages, costs, update, step, reference, full, affinity, amp, input_, evaluation, crf, torchrun,
-    stream)}
+    grabcut, candidates, stages, costs, update, step, encoders, reference, full, affinity, amp, input_, evaluation, crf,
+    torchrun, stream)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
