@@ -32,9 +32,9 @@ import torch.nn.functional as F
 from PIL import Image
 
 # PAPER SILENT: the CRF's parameters, in both papers (BoxSup points to DeepLab); those that DeepLab's authors found by
-# search on held-out pictures, for a VGG-16 and for a ResNet-101, with their 10 iterations (copies of their script for
-# LargeFOV have 49 pixels in place of 121). A network of another sharpness wants a search of its own: too confident
-# probabilities leave the CRF nothing to say.
+# search on held-out images, for a VGG-16 and for a ResNet-101, with their 10 iterations (copies of their script for
+# LargeFOV have 49 pixels in place of 121). A network that is more or less confident needs a search of its own
+# (evaluate.py --crf-search): where probabilities are near 0 and 1, the CRF changes nothing.
 PRESETS = {"vgg16": dict(w=4, xy=121, rgb=5, gaussian_w=3, gaussian_xy=3),
            "resnet101": dict(w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy=3)}
 ITERATIONS = 10
@@ -162,8 +162,8 @@ def gaussian_kernel(features):
 
     Built once per picture: ten iterations and all classes share it, and so do all weights w that a search may try.
     """
-    # PAPER SILENT: how a kernel is normalised; without it a pixel of a large even area gets a louder message than one
-    # of a small area. Symmetric, which is pydensecrf's default and what later work ran.
+    # PAPER SILENT: how a kernel is normalised; without normalisation a pixel in a large even area gets a larger message
+    # than one in a small area. Symmetric, which is pydensecrf's default and what later work used.
     kernel = permutohedral_lattice(features)
     norm = apply(kernel, features.new_ones(len(features), 1)).rsqrt()               # (N, 1)
     (pixels, _, splat_weights), _, (_, _, slice_weights) = kernel
@@ -209,8 +209,9 @@ def mean_field(unary, weighted_kernels, iterations=ITERATIONS):
 
 def unary_energy(probabilities):
     """psi_u = -log p, (N, C) for (C, H, W)."""
-    # PAPER SILENT: the energy of a probability of 0, which is infinite; 1e-5 is the least, so 11.5 the most. Messages
-    # lift a label by about w + gaussian_w = 7, so one that stands there cannot win against a likely one anyway.
+    # PAPER SILENT: the energy of a probability of 0, which is infinite; probabilities are at least 1e-5 here, energies
+    # at most 11.5. Messages lower a label's energy by at most about w + gaussian_w = 7, so such a label cannot win
+    # anyway.
     return -probabilities.clamp(min=1e-5).log().flatten(1).T.contiguous()
 
 

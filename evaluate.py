@@ -445,8 +445,8 @@ def table(result):
 # ----------------------------------------------------------------------------------------------------------------------
 # the trimap of BoxSup's error analysis (Sect. 5.1, Fig. 4): does a network err at the borders of objects, or within?
 
-# PAPER SILENT: the band widths of BoxSup's Fig. 4, whose axis we cannot read, and whether a width counts one side of
-# the boundary or both; these, in pixels to either side; up to the 40 of DeepLab's analysis, which BoxSup follows.
+# PAPER SILENT: the band widths of BoxSup's Fig. 4, and whether a width counts one side of the boundary or both; these,
+# in pixels to either side, up to the 40 of DeepLab's analysis, which BoxSup follows.
 WIDTHS = (2, 4, 8, 16, 24, 32, 40)
 
 
@@ -875,8 +875,8 @@ def evaluate(args):
 # parameters of the CRF (BoxSup, Sect. 5.1: "a held-out 100 random validation images are used [...] to set
 # hyper-parameters")
 
-# PAPER SILENT: which parameters were tried; the weight and the two widths of the kernel that knows colours, on a coarse
-# grid around the presets. The other kernel stays as it is: it matters little.
+# PAPER SILENT: which parameters of the CRF were tried; the weight and the two standard deviations of the kernel of
+# position and colour, on a coarse grid around the presets. The other kernel stays as it is: it matters little.
 GRID = {"xy": (33, 67, 121), "rgb": (3, 5, 10), "w": (2, 4, 7)}
 
 

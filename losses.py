@@ -60,6 +60,7 @@ def cross_entropy_loss(logits, labels):
 
     logits (N, C, h, w), labels (N, h, w) in 0..C-1 or 255 -> scalar, the mean over the labelled pixels of the batch.
     """
+    # DEPARTS: BoxSup's Eq. 1 prints a sum over pixels, whose gradient would grow with the crop. The mean, as Box2Seg's.
     if labels.shape != logits[:, 0].shape:  # gather would quietly take a corner
         raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)     # (N, C, h, w)
@@ -81,7 +82,7 @@ def foreground_loss(logits, alpha, box_labels):
     logits (N, L+1, h, w), alpha (N, L, h, w) in [0, 1], box_labels (N, h, w) -> scalar.
     Gradient flows into both: where y is sure of class c attention is free, where it is not attention shrinks.
     """
-    # PAPER SILENT: Eq. 3 has 1 / sum_i B(i, c) before the sum over c, where c is not bound. We divide each class by its
+    # DEPARTS: Eq. 3 prints 1 / sum_i B(i, c) before the sum over c, where c is not bound. We divide each class by its
     # own box area, "to give similar weighting to each class" as its text says, sum over classes, mean over images.
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)[:, 1:]
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
@@ -113,9 +114,10 @@ def attention_box_loss(alpha, box_labels):
 
     alpha (N, L, h, w) in [0, 1], box_labels (N, h, w) -> scalar.
     """
-    # PAPER SILENT: Eq. 6 as printed sums over all pixels, and with lambda_alpha = 1 would drown every other term, which
-    # are means. We take the mean over labelled pixels, the sum over classes and the mean over images. (At the paper's
-    # weights this holds attention less firmly than L_alpha^fr does, and less so in small boxes.)
+    # DEPARTS: Eq. 6 prints a sum over all pixels, which at lambda_alpha = 1 would be thousands of times larger than the
+    # other terms, which are means. We take the mean over labelled pixels, the sum over classes and the mean over
+    # images. (At the paper's weights this keeps attention from 0 less firmly than L_alpha^fr, and least of all in small
+    # boxes.)
     alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
     classes = torch.arange(1, alpha.shape[1] + 1, device=alpha.device).view(1, -1, 1, 1)
     B = (box_labels[:, None] == classes).to(alpha.dtype)                                          # (N, L, h, w)
@@ -131,7 +133,8 @@ def fill_rate(mask_labels, box_labels, num_classes):
 
     mask_labels, box_labels (N, h, w), num_classes = L + 1 -> (N, L) float32 in [0, 1], 0 for a class without box.
     """
-    # PAPER SILENT: where boxes overlap M(., c) can leave B(., c), and the rate exceed 1. We count M inside B only.
+    # DEPARTS: Eq. 7 prints the sum of M over all pixels. Where boxes overlap, M(., c) can reach beyond B(., c), and the
+    # rate could exceed 1. We count M inside B only; without overlap it is the same number.
     classes = torch.arange(1, num_classes, device=box_labels.device).view(1, -1, 1, 1)
     B = (box_labels[:, None] == classes) & (mask_labels != 255)[:, None]                          # (N, L, h, w)
     M = B & (mask_labels[:, None] == classes)
@@ -158,7 +161,8 @@ def fill_rate_loss(alpha, box_labels, mask_labels, gamma=0.7):
 
     alpha (N, L, h, w), box_labels, mask_labels (N, h, w) -> scalar, sum over the classes present, mean over images.
     """
-    # PAPER SILENT: how classes and images are reduced. The sum over classes, as in Eq. 3, whose pull this one resists.
+    # PAPER SILENT: how classes and images are reduced (it prints the loss of one class). The sum over classes, as in
+    # Eq. 3, whose gradient this one has to balance, and the mean over images.
     box_labels = torch.where(mask_labels == 255, 255, box_labels)  # so that eta and eta' look at the same pixels
     eta = fill_rate(mask_labels, box_labels, alpha.shape[1] + 1)                                  # (N, L)
     return (gamma * eta - attention_fill_rate(alpha, box_labels)).clamp(min=0).sum(1).mean()
@@ -211,8 +215,8 @@ def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
 
     of d x d, d x C and C x C. It is the same number, in memory linear in m, and any number of pixels may be drawn.
     """
-    # PAPER SILENT: Eq. 10 as printed is a sum, whose size would depend on the number of pairs; with lambda_A = 1 beside
-    # means, we take the mean. A pixel is not paired with itself, where A = 1 teaches nothing about embeddings.
+    # DEPARTS: Eq. 10 prints a sum over all pairs, whose size would depend on how many pixels are sampled; with lambda_A
+    # = 1 beside terms that are means, we take the mean. And a pixel is not paired with itself, where A = 1 always.
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     labels = labels.flatten(1).long()                                                             # (N, m)
     if torch.is_tensor(num_samples):
@@ -256,7 +260,8 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
     # gradient in a box of class c is lambda_AW (-log y_c) - lambda_alpha, over the box's area: with 10 and 1 attention
     # grows only where y_c > exp(-1/10) = 0.905, where no new network is, and dies in the first steps; what is left of
     # L_AW is then L_bg at ten times its weight. With lambda_alpha = 5 lambda_AW it grows where y_c > exp(-5) = 0.007.
-    # PAPER SILENT: how many pixels L_A draws in stage 2. 256 a class here; train_box2seg.py keeps to stage 1's 10 %.
+    # PAPER SILENT: how many pixels L_A samples in stage 2. 256 of each class here; train_box2seg.py samples as many as
+    # in stage 1, 10 % of the pairs.
     terms = {"L_GC": cross_entropy_loss(logits, mask_labels)}
     loss = terms["L_GC"]
     if lambda_aw:
@@ -267,9 +272,10 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
                             attention_box_loss(alpha, box_labels))
         loss = loss + lambda_aw * terms["L_AW"] + lambda_alpha * terms["L_alpha"]
     if lambda_a:
-        # PAPER SILENT: whether Eq. 10 also trains y in stage 2. It "encourages the pixel affinities to align with the
-        # predicted segmentation probabilities" (one way), yet Sect. 2 speaks of "minimizing disagreements between them
-        # and estimated segmentation output" (both ways), and only the second can change y. Both ways by default.
+        # PAPER SILENT: whether the gradient of Eq. 10 reaches y in stage 2. It "encourages the pixel affinities to
+        # align with the predicted segmentation probabilities" (only the embeddings move), yet Sect. 2 speaks of
+        # "minimizing disagreements between them and estimated segmentation output" (both move). Both by default; with
+        # detach_targets, L_A reaches y only through the features that the branches share.
         y = F.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
         y = y.detach() if detach_targets else y
         terms["L_A"] = affinity_loss(embeddings, y, mask_labels, num_samples, generator)
@@ -333,12 +339,14 @@ def regression_cost(logits, superpixels, members, boxes, classes):
         HW E_r(k, n) = sum_p e(X(p), 0)  +  sum_r members(n, r) D(k, r)
         D(k, r)      = sum_{p in B_k and superpixel r}  e(X(p), class k) - e(X(p), 0)
     """
-    # PAPER SILENT: Eq. 3 as printed sums over all pixels of the image, where Eq. 2 is at most 1: with lambda = 3, Eq. 2
-    # would have no say. We take what Eq. 1 is in training, the mean over the image, of the box's part of it; what a
-    # segment covers outside is Eq. 2's matter. (The mean over the box's pixels is several times larger: at lambda = 3 a
-    # network that is not yet sure of its objects then picks scraps, and the masks get worse by its feedback.)
-    # PAPER SILENT: what Eq. 3 expects where boxes overlap, when each box chooses by itself. Whatever the other box
-    # chooses there, "background outside the segment" may be wrong of it: pixels in more than one box are left out.
+    # DEPARTS: Eq. 3 prints a sum over all pixels of the image, beside Eq. 2, which is at most 1: with lambda = 3, Eq. 2
+    # would not matter. We take what Eq. 1 is in training, the mean over the image, and of it the pixels of the box;
+    # what a segment covers outside is left to Eq. 2. (The mean over the box's pixels is several times larger: at lambda
+    # = 3 a network that is not yet sure of its objects then chooses tiny segments, and its feedback makes the masks
+    # worse.)
+    # PAPER SILENT: what Eq. 3 counts where boxes overlap, when each box chooses by itself. A pixel outside this box's
+    # segment may belong to the other box's object, so "background" may be wrong: pixels in two boxes or more are left
+    # out.
     (H, W), K, R = superpixels.shape, len(boxes), members.shape[1]
     if logits.shape[1:] != superpixels.shape:  # gather would quietly take a corner
         raise ValueError(f"superpixels {tuple(superpixels.shape)} do not fit logits {tuple(logits.shape)}")
@@ -369,12 +377,12 @@ def candidate_cost(logits, superpixels, members, candidate_boxes, boxes, classes
     Arguments as for Eq. 2 and 3, or logits None: E_o alone, for the first label update -> (K, N). Box k takes one of
     the segments with the *smallest* costs in row k (Sect. 4.3): costs.topk(5, largest=False).
     """
-    # PAPER SILENT: what 1/N in Eq. 2 is for. One box activates one segment, so that the sum over S has one term left a
-    # box; over N it would fade beside E_r, the more the more segments the image happens to have. Left out.
-    # PAPER SILENT: Sect. 4.3 wants the cost that "is the smallest among all candidates", then samples from those "with
-    # the largest costs". Eq. 4 is a minimum: the smallest are meant.
-    # PAPER SILENT: "our algorithm starts from the step of updating segment labels", when the network's last layer is
-    # still random, and so would E_r be. That first update goes by E_o alone.
+    # DEPARTS: Eq. 2 prints 1/N before the sum over segments. A box activates one segment, so that one term of the sum
+    # is left; divided by the N = 3,500 segments it would be nothing beside E_r. Left out.
+    # DEPARTS: Sect. 4.3 samples from the segments "with the largest costs", after it has asked for the cost that "is
+    # the smallest among all candidates". Eq. 4 is a minimum: we take the smallest.
+    # PAPER SILENT: what E_r is in the first label update ("our algorithm starts from the step of updating segment
+    # labels"), when the network's last layer is still random. That update goes by E_o alone.
     if logits is None:
         return overlap_cost(boxes, candidate_boxes)
     return overlap_cost(boxes, candidate_boxes) + weight * regression_cost(logits, superpixels, members, boxes, classes)

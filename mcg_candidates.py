@@ -675,6 +675,9 @@ def mcg(image, max_candidates=3500):
 
     Segment n, of 1 <= N <= max_candidates, is the union of the superpixels r with members[n, r] (bool); best first.
     """
+    # DEPARTS: BoxSup takes the published MCG [2], whose contours come from a structured forest and whose ranking from a
+    # random forest, both trained on masks. Here contours and ranking follow from the image by rule: no learned model is
+    # shipped, and nothing has seen a mask.
     height, width = image.shape[:2]
     if height * width > WORKING_AREA:
         scale = (WORKING_AREA / (height * width)) ** 0.5
@@ -917,8 +920,8 @@ def selective_search(image, max_candidates=3500, spacing=10, scales=(0.01, 0.02)
 
 
 # ---------------------------------------------------------------- Geodesic Object Proposals (Kraehenbuehl, Koltun)
-# PAPER SILENT: in which settings GOP (ECCV 2014) was run; its unlearned form here: seeds by geodesic distance alone,
-# and as background nothing, the picture's border, or one of its sides; on superpixels of a watershed.
+# PAPER SILENT: in which settings GOP (ECCV 2014) was run; its form without learning here: seeds by geodesic distance
+# alone, and as background nothing, the image's border, or one of its sides; on superpixels of a watershed.
 def geodesic_distance(near, sources):
     """Dijkstra: near[i] = [(neighbour, weight), ...], sources: nodes at distance 0 -> (R,) distances."""
     distance = [np.inf] * len(near)
@@ -1052,7 +1055,7 @@ def read_coco(path, names, masks=False):
     among them as class 255. Raises BadInput.
     """
     # PAPER SILENT: what COCO's crowd regions count as; as boxes they are left out: one box around many objects, which
-    # no segment fits. As masks they are ignored: what is in there is not said pixel by pixel.
+    # no segment fits. As masks they are ignored (255): nobody has labelled their pixels one by one.
     # PAPER SILENT: whether COCO's pictures with none of the classes are trained on, though 123,287 are counted, which
     # is all of them; left out: they hold no box.
     if not Path(path).is_file():
@@ -1156,8 +1159,8 @@ def coco_outline(outline, size):
 
 def coco_mask(outlines, classes, size, where):
     """COCO's segmentations, see coco_outline() -> (H, W) uint8 label map, the smaller object on top, 255 (crowds) below
-    all others; and how many outlines paint no pixel. Raises BadInput."""
-    # PAPER SILENT: which of two masks of COCO that overlap is on top; the smaller, as everywhere here.
+    all others. Raises BadInput."""
+    # PAPER SILENT: which of two masks of COCO that overlap is on top; the smaller, as for boxes.
     try:
         found = [coco_outline(outline, size) for outline in outlines]
     except (ValueError, TypeError, KeyError, OverflowError, cv2.error) as error:

