@@ -72,17 +72,17 @@ def row(name, against, unit, ours, theirs, aim, note=""):
             "all_ours": list(ours), "all_theirs": list(theirs)}
 
 
-def by_turns(c, *sides, calls=1, warm=2):
+def by_turns(c, *sides, calls=1, warm=2, clock=time.perf_counter):
     """Functions -> for each the list of its seconds a call, c.repeat of them, after `warm` rounds that do not count."""
     def seconds(side, calls):
         if c.device == "cuda":
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         for _ in range(calls):
             side()
         if c.device == "cuda":
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls
+        return (clock() - start) / calls
 
     for side in sides * warm:
         side()
@@ -479,12 +479,13 @@ def reference(c):
 
 def encoders(c):
     """Box2Seg's step, all losses, with EfficientNet-Lite0 as the recipe "photos" trains it (8 crops of 193, BatchNorm
-    of the encoder frozen), against the same step with ResNet-18 and ResNet-101. One thread on a CPU."""
+    of the encoder frozen), against the same step with ResNet-18 and ResNet-101. On a CPU: processor time, one thread."""
     images, B, M = random_batch(c, 8, 193)
     networks = {name: Box2SegNet(CLASSES, name) for name in ("efficientnet_lite0", "resnet18", "resnet101")}
     networks["efficientnet_lite0"].freeze_batch_norm()
     with one_core():
-        lite, *others = by_turns(c, *(box2seg_step(c, images, B, M, network=n) for n in networks.values()), warm=1)
+        lite, *others = by_turns(c, *(box2seg_step(c, images, B, M, network=n) for n in networks.values()), warm=1,
+                                 clock=time.perf_counter if c.device == "cuda" else time.process_time)
     count = ", ".join(f"{name} {sum(p.numel() for p in n.parameters()) / 1e6:.1f} M (encoder "
                       f"{sum(p.numel() for p in n.encoder.parameters()) / 1e6:.1f} M)" for name, n in networks.items())
     return [row("encoders lite0", name, "s", lite, other, "< 1", f"parameters: {count}")
