@@ -102,6 +102,25 @@ def test_flags_that_are_named_exist(name):
         assert set(re.findall(r"(?<!\S)(--[a-z][a-z0-9-]*)", span)) <= known, span
 
 
+def test_the_rule_by_which_results_md_chooses_photographs(tmp_path, monkeypatch):
+    """The rule's own lines, on five images: animals, or animals and persons; difficult objects do not count."""
+    rule = re.search(r"```python\n(from pathlib.*?)```", DOCUMENTS["docs/results.md"], re.S)[1]
+    objects = {"a": "cat", "b": "cat person", "c": "person", "d": "dog car", "e": "sheep car!"}
+    (tmp_path / "Annotations").mkdir()
+    for image_id, names in objects.items():
+        things = "".join(f"<object><name>{name.strip('!')}</name><difficult>{int('!' in name)}</difficult></object>"
+                         for name in names.split())
+        (tmp_path / "Annotations" / f"{image_id}.xml").write_text(f"<annotation>{things}</annotation>")
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    (lists / "full").mkdir(parents=True)
+    for name, ids in {"train": "ab", "trainaug": "abcde", "val": "cde"}.items():
+        (lists / "full" / f"{name}.txt").write_text("\n".join(ids))
+    monkeypatch.chdir(tmp_path)
+    exec(rule, {})
+    made = {path.stem: "".join(path.read_text().split()) for path in lists.glob("*.txt")}
+    assert made == {"train": "ab", "trainaug": "abe", "half": "ae", "val": "e"}
+
+
 def test_shared_blocks_are_equal_to_the_byte():
     """... in all files that hold them, at least two, and the fence names exactly these."""
     blocks = {}
