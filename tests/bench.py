@@ -479,7 +479,7 @@ def reference(c):
 
 def encoders(c):
     """Box2Seg's step, all losses, with EfficientNet-Lite0 as the recipe "photos" trains it (8 crops of 193, BatchNorm
-    of the encoder frozen), against the same step with ResNet-18 and ResNet-101. On a CPU: processor time, one thread."""
+    of the encoder frozen), against the same step with ResNet-18 and ResNet-101. CPU: processor time, one thread."""
     images, B, M = random_batch(c, 8, 193)
     networks = {name: Box2SegNet(CLASSES, name) for name in ("efficientnet_lite0", "resnet18", "resnet101")}
     networks["efficientnet_lite0"].freeze_batch_norm()
