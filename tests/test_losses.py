@@ -178,7 +178,7 @@ def test_box2seg_by_hand():
     Eq. 11 at the paper's weights 10, 1, 1:  0.591781 + 16.554752 + 0.366667 + 0.243389 = 17.756589
     With Eq. 6 (0.251736) and 2, 3, 4:  0.591781 + 3.310950 + 0.755208 + 0.973558 = 5.631497
     """
-    total, terms = losses.box2seg_loss(LOGITS, ALPHA, BETA, B, M, num_samples=2)
+    total, terms = losses.box2seg_loss(LOGITS, ALPHA, BETA, B, M, num_samples=2, lambda_aw=10, lambda_alpha=1)
     assert list(terms) == ["L_GC", "L_AW", "L_alpha", "L_A"]
     assert is_close(list(terms.values()), [0.591781, 1.655475, 0.366667, 0.243389])
     assert is_close(total, 17.756589)
