@@ -40,6 +40,7 @@ import os
 import random
 import re
 import signal
+import struct
 import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -159,16 +160,27 @@ UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "T
                           "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
 
 
+def orientation(exif):
+    """EXIF's bytes -> its orientation, or None. Pillow reads all other tags first, and an odd one hides this from it."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = "<" if exif[:2] == b"II" else ">"
+    try:
+        start, = struct.unpack_from(order + "I", exif, 4)
+        for entry in range(start + 2, start + 2 + 12 * struct.unpack_from(order + "H", exif, start)[0], 12):
+            tag, kind = struct.unpack_from(order + "HH", exif, entry)
+            if tag == 0x0112:
+                return struct.unpack_from(order + ("I" if kind == 4 else "H"), exif, entry + 8)[0]
+    except struct.error:  # cut off
+        pass
+    return None
+
+
 def read_image(path):
     """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
     try:
         with Image.open(path) as file:
-            file.load()  # raises on a cut-off JPEG
-            mode, image = file.mode, file.convert("RGB")
-            try:
-                turn = UPRIGHT.get(file.getexif().get(0x0112))
-            except Exception:  # odd EXIF: other programs show such a picture as it is stored, too
-                turn = None
+            file.load()  # raises on a cut-off JPEG; turns a TIFF itself
+            mode, image, turn = file.mode, file.convert("RGB"), UPRIGHT.get(orientation(file.info.get("exif", b"")))
     except FileNotFoundError:
         raise BadInput(f"no image {path}") from None
     except Exception as error:  # broken bytes make decoders raise nearly anything

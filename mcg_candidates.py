@@ -35,6 +35,7 @@ import multiprocessing
 import os
 import re
 import signal
+import struct
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
@@ -151,16 +152,27 @@ UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "T
                           "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
 
 
+def orientation(exif):
+    """EXIF's bytes -> its orientation, or None. Pillow reads all other tags first, and an odd one hides this from it."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = "<" if exif[:2] == b"II" else ">"
+    try:
+        start, = struct.unpack_from(order + "I", exif, 4)
+        for entry in range(start + 2, start + 2 + 12 * struct.unpack_from(order + "H", exif, start)[0], 12):
+            tag, kind = struct.unpack_from(order + "HH", exif, entry)
+            if tag == 0x0112:
+                return struct.unpack_from(order + ("I" if kind == 4 else "H"), exif, entry + 8)[0]
+    except struct.error:  # cut off
+        pass
+    return None
+
+
 def read_image(path):
     """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
     try:
         with Image.open(path) as file:
-            file.load()  # raises on a cut-off JPEG
-            mode, image = file.mode, file.convert("RGB")
-            try:
-                turn = UPRIGHT.get(file.getexif().get(0x0112))
-            except Exception:  # odd EXIF: other programs show such a picture as it is stored, too
-                turn = None
+            file.load()  # raises on a cut-off JPEG; turns a TIFF itself
+            mode, image, turn = file.mode, file.convert("RGB"), UPRIGHT.get(orientation(file.info.get("exif", b"")))
     except FileNotFoundError:
         raise BadInput(f"no image {path}") from None
     except Exception as error:  # broken bytes make decoders raise nearly anything
@@ -1074,7 +1086,7 @@ def read_coco(path, names, masks=False):
                                "were merged, in the annotations, too)")
         name_of, image_of = dict(categories), {key: (file, size) for key, file, size in images}
         unknown = [box for box in annotations if box[0] not in image_of or box[1] not in name_of]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path}: not a COCO instances_*.json ({one_line(error)}): export it again") from None
     if unknown:
         raise BadInput(f"{path}: a box of image {unknown[0][0]!r}, category {unknown[0][1]!r}, not in its lists: "

@@ -766,10 +766,10 @@ def bookkeeping(kind, count):
         if kind == "choices":                           # what update_labels() returns, three boxes an image
             return {index: np.zeros(3, np.int32) for index in range(count)}
         if kind == "make_candidates":
-            NoWork.result, mcg_candidates.ProcessPoolExecutor = (1, 1), NoWork
+            NoWork.result, mcg_candidates.ProcessPoolExecutor = (1, 1, []), NoWork
             mcg_candidates.make_candidates(folder, ids)
         if kind == "make_labels":
-            NoWork.result, grabcut_labels.ThreadPoolExecutor = [], NoWork
+            NoWork.result, grabcut_labels.ThreadPoolExecutor = ([1], [None]), NoWork
             grabcut_labels.make_labels(folder, ids)
     try:
         return peak_resident(work) / count
