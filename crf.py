@@ -283,7 +283,7 @@ UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "T
 
 
 def orientation(exif):
-    """EXIF's bytes -> its orientation, or None. Pillow reads all other tags first, and an odd one hides this from it."""
+    """EXIF's bytes -> its orientation, or None. Pillow reads all other tags, too, and an odd one hides this from it."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = "<" if exif[:2] == b"II" else ">"
     try:
@@ -300,6 +300,8 @@ def orientation(exif):
 def read_image(path):
     """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
     try:
+        with Image.open(path) as file:
+            file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
         with Image.open(path) as file:
             file.load()  # raises on a cut-off JPEG; turns a TIFF itself
             mode, image, turn = file.mode, file.convert("RGB"), UPRIGHT.get(orientation(file.info.get("exif", b"")))

@@ -144,7 +144,7 @@ UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "T
 
 
 def orientation(exif):
-    """EXIF's bytes -> its orientation, or None. Pillow reads all other tags first, and an odd one hides this from it."""
+    """EXIF's bytes -> its orientation, or None. Pillow reads all other tags, too, and an odd one hides this from it."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = "<" if exif[:2] == b"II" else ">"
     try:
@@ -161,6 +161,8 @@ def orientation(exif):
 def read_image(path):
     """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
     try:
+        with Image.open(path) as file:
+            file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
         with Image.open(path) as file:
             file.load()  # raises on a cut-off JPEG; turns a TIFF itself
             mode, image, turn = file.mode, file.convert("RGB"), UPRIGHT.get(orientation(file.info.get("exif", b"")))
@@ -186,6 +188,8 @@ def read_label(path, size=None, num_classes=None):
     """A label PNG -> (H, W) uint8 class index per pixel, 255 ignored. size is (H, W) of the image it belongs to."""
     try:
         with Image.open(path, formats=["PNG"]) as png:  # a JPEG's indices would be blurred
+            png.verify()  # its checksums
+        with Image.open(path) as png:
             depth = png.tile[0][3].rpartition(";")[2]  # bits a pixel where they are fewer than 8
             labels = np.array(png.convert("L") if png.mode == "1" else png)  # of a palette PNG the indices
             mode, palette = png.mode, np.array(png.getpalette() or [], np.uint8).reshape(-1, 3)

@@ -39,8 +39,6 @@ import struct
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
-import zipfile
-import zlib
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -153,7 +151,7 @@ UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "T
 
 
 def orientation(exif):
-    """EXIF's bytes -> its orientation, or None. Pillow reads all other tags first, and an odd one hides this from it."""
+    """EXIF's bytes -> its orientation, or None. Pillow reads all other tags, too, and an odd one hides this from it."""
     exif = exif.removeprefix(b"Exif\0\0")
     order = "<" if exif[:2] == b"II" else ">"
     try:
@@ -170,6 +168,8 @@ def orientation(exif):
 def read_image(path):
     """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
     try:
+        with Image.open(path) as file:
+            file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
         with Image.open(path) as file:
             file.load()  # raises on a cut-off JPEG; turns a TIFF itself
             mode, image, turn = file.mode, file.convert("RGB"), UPRIGHT.get(orientation(file.info.get("exif", b"")))
@@ -195,6 +195,8 @@ def read_label(path, size=None, num_classes=None):
     """A label PNG -> (H, W) uint8 class index per pixel, 255 ignored. size is (H, W) of the image it belongs to."""
     try:
         with Image.open(path, formats=["PNG"]) as png:  # a JPEG's indices would be blurred
+            png.verify()  # its checksums
+        with Image.open(path) as png:
             depth = png.tile[0][3].rpartition(";")[2]  # bits a pixel where they are fewer than 8
             labels = np.array(png.convert("L") if png.mode == "1" else png)  # of a palette PNG the indices
             mode, palette = png.mode, np.array(png.getpalette() or [], np.uint8).reshape(-1, 3)
@@ -1037,13 +1039,16 @@ def read_candidates(path, size=None, num_classes=None):
                 found[key].shape for key in ("members", "candidate_boxes", "boxes")) != shapes:
             raise ValueError("its arrays do not fit each other")
         found["members"] = np.unpackbits(found["members"], axis=1, count=count).view(bool)       # (N, R)
+        height, width = found["superpixels"].shape
+        corners = np.concatenate([found["boxes"], found["candidate_boxes"]])
+        low, high = corners[:, :2], corners[:, 2:]
+        if (low < 0).any() or (low >= high).any() or (high > (width, height)).any():
+            raise ValueError("a box leaves its picture")
     except FileNotFoundError:
         raise BadInput(f"no candidates {path}: make them by mcg_candidates.py") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile,
-            zlib.error) as error:
-        why = " ".join(str(error).split())
-        raise BadInput(f"{path}: not a file of candidates ({why}): delete it and run mcg_candidates.py again") from None
-    height, width = found["superpixels"].shape
+    except Exception as error:  # broken bytes make NumPy raise nearly anything
+        raise BadInput(f"{path}: not a file of candidates ({one_line(error)}): delete it and run mcg_candidates.py "
+                       "again") from None
     if size is not None and (height, width) != tuple(size):
         raise BadInput(f"{path}: for {width}x{height}, its image is {size[1]}x{size[0]}: delete it and make it again")
     if num_classes is not None and (worst := found["classes"].max(initial=0)) >= num_classes:
@@ -1056,6 +1061,13 @@ def read_candidates(path, size=None, num_classes=None):
 COCO_TO_VOC = {"airplane": "aeroplane", "motorcycle": "motorbike", "potted plant": "pottedplant", "couch": "sofa",
                "dining table": "diningtable", "tv": "tvmonitor"}  # VOC's other fourteen have the same name in COCO
 # ==== end of shared block
+
+
+def once(pairs):
+    """A JSON object's pairs -> dict; of a key that is there twice json would keep the last value alone."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("an object has one key twice")
+    return dict(pairs)
 
 
 def read_coco(path, names, masks=False):
@@ -1073,7 +1085,7 @@ def read_coco(path, names, masks=False):
     if not Path(path).is_file():
         raise BadInput(f"no --coco {path}: wanted an instances_*.json of COCO")
     try:
-        coco = json.loads(read_text(path))
+        coco = json.loads(read_text(path), object_pairs_hook=once)
         categories = [(category["id"], str(category["name"])) for category in coco["categories"]]
         images = [(image["id"], str(image["file_name"]), (image.get("width"), image.get("height")))
                   for image in coco["images"]]

@@ -82,6 +82,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -522,6 +523,8 @@ def thin_out_vgg16(state, width, size):
 def read_torch_file(path, remedy):
     """torch.load onto the CPU, tensors and plain values only (weights_only). Raises BadInput if it cannot be read."""
     try:
+        if zipfile.is_zipfile(path) and (broken := zipfile.ZipFile(path).testzip()):   # torch.load reads over it
+            raise zipfile.BadZipFile(broken)
         # Onto the CPU always: the random states in a checkpoint must stay there, load_state_dict moves the weights.
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
