@@ -246,24 +246,24 @@ def dense_crf(image, probabilities, w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy
     """
     image, probabilities = (x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for x in (image, probabilities))
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
-        raise ValueError(f"image must be (H, W, 3) uint8 RGB, not {tuple(image.shape)} {image.dtype}")
+        raise BadInput(f"image must be (H, W, 3) uint8 RGB, not {tuple(image.shape)} {image.dtype}")
     if not probabilities.is_floating_point() or probabilities.dim() != 3 or len(probabilities) == 0:
-        raise ValueError("probabilities must be (C, H, W) of a float type, "
-                         f"not {tuple(probabilities.shape)} {probabilities.dtype}")
+        raise BadInput("probabilities must be (C, H, W) of a float type, "
+                       f"not {tuple(probabilities.shape)} {probabilities.dtype}")
     if image.shape[:2] != probabilities.shape[1:]:
-        raise ValueError("image and probabilities differ in height x width: {}x{} and {}x{}".format(
+        raise BadInput("image and probabilities differ in height x width: {}x{} and {}x{}".format(
             *image.shape[:2], *probabilities.shape[1:]))
     if not all(0 <= x < math.inf for x in (w, gaussian_w)) or not all(0 < x < math.inf for x in (xy, rgb, gaussian_xy)):
-        raise ValueError("w and gaussian_w must be numbers from 0, xy, rgb and gaussian_xy numbers above 0")
+        raise BadInput("w and gaussian_w must be numbers from 0, xy, rgb and gaussian_xy numbers above 0")
     if not (isinstance(iterations, int) and iterations >= 0):
-        raise ValueError(f"iterations must be a whole number from 0, not {iterations}")
+        raise BadInput(f"iterations must be a whole number from 0, not {iterations}")
     if backend not in ("torch", "pydensecrf"):
-        raise ValueError(f"backend must be torch or pydensecrf, not {backend}")
+        raise BadInput(f"backend must be torch or pydensecrf, not {backend}")
     probabilities = probabilities.float()
     if not probabilities.isfinite().all():
-        raise ValueError("probabilities hold NaN or infinity")
+        raise BadInput("probabilities hold NaN or infinity")
     if probabilities.min() < 0 or (probabilities.sum(0) - 1).abs().max() > 0.02:    # 0.02: float16, and means of it
-        raise ValueError("probabilities must be from 0 and sum to 1 over the classes: logits want a softmax first")
+        raise BadInput("probabilities must be from 0 and sum to 1 over the classes: logits want a softmax first")
 
     if backend == "pydensecrf":
         refined = pydensecrf(image.cpu(), probabilities.cpu(), w, xy, rgb, gaussian_w, gaussian_xy, iterations)
@@ -382,7 +382,7 @@ def main(argv):
             before = torch.from_numpy(probabilities).to(args.device)
             after = dense_crf(image, before, **{**PRESETS[args.preset], **given}, iterations=args.iterations,
                               backend=args.backend).argmax(0).cpu().numpy()
-        except (ValueError, TypeError) as error:        # TypeError: a numpy type that torch lacks
+        except (BadInput, TypeError) as error:          # TypeError: a numpy type that torch lacks
             raise BadInput(f"{args.image}, {args.probabilities}: {error}") from None
     except BadInput as error:
         print(f"crf.py: {error}", file=sys.stderr)

@@ -14,10 +14,10 @@ Run:    python evaluate.py --data VOCdevkit --checkpoint runs/box2seg/last.pt
         python evaluate.py --checkpoint runs/box2seg/last.pt --trimap-plot fig4.png             (BoxSup's Fig. 4)
         python evaluate.py --checkpoint runs/box2seg/last.pt --attention fig4 --affinity fig5   (Box2Seg's Fig. 4, 5)
         python evaluate.py --labels VOCdevkit/VOC2012/BoxMasks --against VOCdevkit/VOC2012/GrabCutMasks
-Reads:  VOC2012/JPEGImages/<id>.jpg, and the truth SegmentationClass/<id>.png (SegmentationClassAug where it has none)
-        for the ids of ImageSets/Segmentation/val.txt (--split, --list); class_names.txt where there is one;
-        a checkpoint of train_box2seg.py or train_boxsup.py, or label PNGs: 8-bit palette PNG, class index per pixel,
-        the image's size
+Reads:  VOC2012/JPEGImages/<id>.jpg (or .png, .webp, ...), and the truth SegmentationClass/<id>.png
+        (SegmentationClassAug where it has none) for the ids of ImageSets/Segmentation/val.txt (--split, --list);
+        class_names.txt where there is one; a checkpoint of train_box2seg.py or train_boxsup.py, or label PNGs: 8-bit
+        palette PNG, class index per pixel, the image's size
 Writes: the table, to the terminal. If asked: --json FILE, {"miou": 0..1, "iou": {name: 0..1, or null for a class that
         the truth lacks}, "images": n, "classes_present": k, "pixel_accuracy": 0..1, "failed": [ids]};
         with --trimap also "trimap": {"widths": [pixels], "boundary", "interior": [mIoU 0..1, null: no pixel there],
@@ -816,7 +816,8 @@ def evaluate(args):
     truths = [truth_path(voc, name, args.against) for name in ids]
     require(truths, "label" if args.against else "truth")
     require_a_class(truths)
-    for folder in filter(None, (args.labels, args.against)):
+    noisy = [(args.noisy_labels or voc) / kind for kind in ("BoxMasks", "GrabCutMasks")]
+    for folder in filter(None, (args.labels, args.against, *noisy * bool(args.pictures or args.attention))):
         check_classes(folder, names)
     given = [args.labels, args.against, args.list, *args.trimap_add, args.checkpoint and Path(args.checkpoint)]
     kinds = "JPEGImages SegmentationClass SegmentationClassAug BoxMasks GrabCutMasks class_names.txt".split()
@@ -855,6 +856,7 @@ def evaluate(args):
                 raise
             report(error)
             failed.append(name)
+            fault = error
             continue
         scored = np.where(prediction == 255, 255, truth)    # 255 in one of two label folders leaves a pixel out as well
         one = confusion_matrix(*(torch.from_numpy(labels).to(args.device) for labels in (prediction, scored)),
@@ -868,7 +870,8 @@ def evaluate(args):
         if args.save_png:
             write_label(args.save_png / f"{name}.png", prediction)
     if not per_image:
-        raise BadInput(f"none of the {len(ids)} images could be scored, see above")
+        raise fault if not isinstance(fault, BadInput) else BadInput(f"none of the {len(ids)} images could be scored, "
+                                                                     "see above")
     if confusion.sum() == 0:
         raise BadInput(f"no pixel with a truth in the {len(ids)} images from {ids[0]} to {ids[-1]}: nothing to score")
 
@@ -969,6 +972,8 @@ def predict_folder(args):
         except Exception as error:                      # whatever is bad in one image does not stop the others
             report(error)
             failed.append(path.name)
+            if len(failed) == len(paths) and not isinstance(error, BadInput):
+                raise                                   # a fault of all is no fault of the pictures
             continue
         write_label(args.out / f"{name}.png", labels)
         panels = side_by_side({path.name: image, "prediction": overlay(image, labels)})

@@ -10,7 +10,8 @@ Boxes to labels: the box masks B and the GrabCut masks M that Box2Seg trains on 
     python grabcut_labels.py --colours rgb --no-share --margin 99 --working-size 10000 --min-fill 0 --out DIR
                                                                            OpenCV's GrabCut as it is, on whole images
 
-Reads   VOC2012/JPEGImages/<id>.jpg, Annotations/<id>.xml, ImageSets/Segmentation/<split>.txt, class_names.txt if there
+Reads   VOC2012/JPEGImages/<id>.jpg (or .jpeg, .png, .webp, .bmp, .tif, in capitals, too), Annotations/<id>.xml,
+        ImageSets/Segmentation/<split>.txt, class_names.txt if there
 Writes  VOC2012/BoxMasks/<id>.png and VOC2012/GrabCutMasks/<id>.png: 8-bit PNG in VOC's palette, one class index a pixel
         and source.json in both: of which images, boxes, class names and GrabCut options, so that no run mixes them
 
@@ -605,7 +606,10 @@ def claim_labels(folders, voc, ids, names, boxes, options):
     """The folders of B and M, for labels of these boxes and GrabCut options -> options, all of them. Those not given
     are the ones with which the folder was made, so that whatever is missing is made like the rest."""
     there = read_source(folders[1]) if (folders[1] / "source.json").exists() else {}
-    options = {key: options.get(key, there.get(key, default)) for key, default in GRABCUT.items()}
+    adopted = {key: there[key] for key in GRABCUT if key not in options and there.get(key, GRABCUT[key]) != GRABCUT[key]}
+    if adopted:
+        print(f"{folders[1]}: not made with the defaults but with {adopted}; what is missing is made so", file=sys.stderr)
+    options = GRABCUT | adopted | options
     for folder, more in zip(folders, ({}, options)):
         if not (folder / "source.json").exists() and any((folder / f"{i}.png").exists() for i in ids):
             print(f"{folder}: labels of unknown make (no source.json) are there and stay; what is missing is made of "

@@ -8,7 +8,8 @@ Pictures to candidate segments: the pool from which BoxSup draws its masks (Dai 
     python mcg_candidates.py --coco ... --masks --out coco_masks           COCO's own masks instead: Table 1, 68.1
     python mcg_candidates.py --image FILE --box X0 Y0 X1 Y1                look at those that fit a box best
 
-Reads   VOC2012/JPEGImages/<id>.jpg, Annotations/<id>.xml, ImageSets/Segmentation/<split>.txt, class_names.txt if there
+Reads   VOC2012/JPEGImages/<id>.jpg (or .jpeg, .png, .webp, .bmp, .tif, in capitals, too), Annotations/<id>.xml,
+        ImageSets/Segmentation/<split>.txt, class_names.txt if there
         (or a COCO instances_*.json and its pictures)
 Writes  VOC2012/Candidates-mcg/<id>.npz (-ss, -gop), 3,500 segments at most, best first, and source.json:
 

@@ -127,7 +127,7 @@ def prepare(args, out):
         methods = {method_of[row] for row in args.rows if row in method_of}
         made += [["mcg_candidates.py", *flags, "--method", method] for method in sorted(methods)]
         voc = find_voc(args.data)  # "semi": every tenth image has a mask
-        (out / "masks.txt").write_text("\n".join(training_list(voc, args.split)[0][::10]) + "\n")
+        (out / "masks.txt").write_text("\n".join(training_list(voc, args.split)[0][::10]) + "\n", encoding="utf-8")
     for script, *rest in made:
         print("$ python", script, *rest, flush=True)
         if subprocess.run([sys.executable, ROOT / script, *rest]).returncode:

@@ -33,8 +33,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses
 from grabcut_labels import grabcut
-from mcg_candidates import (METHODS, BadInput, box_iou, candidates_folder, class_names, find_voc, read_boxes,
-                            read_candidates, read_image, read_label, read_list, tight_boxes)
+from mcg_candidates import (METHODS, BadInput, box_iou, candidates_folder, class_names, find_image, find_voc,
+                            read_boxes, read_candidates, read_image, read_label, read_list, tight_boxes)
 from model import load_network
 from train_boxsup import choose, full_size_logits, paint, segments_of, truth_file
 
@@ -62,7 +62,7 @@ def measure(voc, ids, make, progress=True):
     """
     names, rows, candidates, superpixel_counts, seconds = class_names(voc), [], [], [], []
     for image_id in tqdm(ids, unit="image", disable=not progress):
-        image = read_image(voc / "JPEGImages" / f"{image_id}.jpg")
+        image = read_image(find_image(voc / "JPEGImages", image_id))
         boxes, kinds = read_boxes(voc / "Annotations" / f"{image_id}.xml", names, image.shape[:2])
         alone = [k for k in range(len(kinds)) if (kinds == kinds[k]).sum() == 1]
         if not alone:
@@ -99,7 +99,7 @@ def measure_choice(voc, ids, folder, network, weights, scale):
                 for weight in weights for k in (1, 5)}
     predicted = torch.zeros(len(names), len(names), dtype=torch.int64)
     for number, image_id in enumerate(tqdm(ids, unit="image")):
-        image = read_image(voc / "JPEGImages" / f"{image_id}.jpg")
+        image = read_image(find_image(voc / "JPEGImages", image_id))
         c = read_candidates(Path(folder) / f"{image_id}.npz", image.shape[:2], len(names))
         truth = torch.from_numpy(read_label(truth_file(voc, image_id), image.shape[:2], len(names)))
         there = {key: torch.from_numpy(value) for key, value in c.items()}

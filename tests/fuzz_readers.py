@@ -52,8 +52,8 @@ class Unclear(Exception):
 # mutation
 
 def mutate(rng, files, words):
-    """One of the files with one, two or four changes: bits, bytes, pieces cut out or repeated; words of its language, or
-    a piece of another file, put in."""
+    """One of the files with one, two or four changes: bits, bytes, pieces cut out or repeated; words of its language, a
+    piece of another file put in."""
     data = bytearray(files[rng.integers(len(files))])
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
         at, to = sorted(rng.integers(0, len(data) + 1, 2).tolist())

@@ -437,6 +437,7 @@ def test_labels_say_what_they_were_made_of(voc, capsys):
     assert "working_size" not in read_source(voc / "BoxMasks")
     again = make_labels(voc, ["a", "b"], workers=1)                       # nothing said of options: the folder's
     assert again["made"] == 1 and again["source"] == made["source"]
+    assert "not made with the defaults but with {'working_size': 100}" in capsys.readouterr().err
     with pytest.raises(BadInput, match=r"GrabCutMasks/source.json: made with other working_size \(100, not 240\)"):
         make_labels(voc, ["a", "b"], workers=1, working_size=240)
     with pytest.raises(BadInput, match="BoxMasks/source.json: made with other boxes"):
