@@ -18,7 +18,8 @@ instance masks are needed. IoU leaves the pixels labelled 255 out. The columns, 
     seconds                      processor time an image, one thread
 
 With --checkpoint, over all boxes: mIoU of the label maps that BoxSup's update would paint (Sect. 4.3) with this network
-fixed, for several weights lambda of Eq. 4 (0: E_o alone), taking the cheapest candidate or one of the five cheapest.
+fixed, for several weights lambda of Eq. 4 (0: E_o alone), which hold for the boxes of which the network recognizes at
+least a share (0: for every box), taking the cheapest candidate or one of the five cheapest.
 """
 import argparse
 import sys
@@ -92,11 +93,12 @@ def cut_box(_, image, box):
     return grabcut(image, box)[0].astype(np.int32), np.array([[False, True]])
 
 
-def measure_choice(voc, ids, folder, network, weights, scale):
-    """Label maps by Eq. 4 -> {(lambda, k): confusion matrix (C, C)}, and that of the network's own prediction."""
-    names = class_names(voc)
-    matrices = {(weight, k): torch.zeros(len(names), len(names), dtype=torch.int64)
-                for weight in weights for k in (1, 5)}
+def measure_choice(voc, ids, folder, network, settings, scale):
+    """Label maps by Eq. 4, settings [(lambda, least share of a box that the network recognizes)] ->
+    {(lambda, share, k): confusion matrix (C, C)}, that of the network's own prediction, and the shares recognized."""
+    names, shares = class_names(voc), []
+    matrices = {(*setting, k): torch.zeros(len(names), len(names), dtype=torch.int64)
+                for setting in settings for k in (1, 5)}
     predicted = torch.zeros(len(names), len(names), dtype=torch.int64)
     for number, image_id in enumerate(tqdm(ids, unit="image")):
         image = read_image(find_image(voc / "JPEGImages", image_id))
@@ -109,11 +111,14 @@ def measure_choice(voc, ids, folder, network, weights, scale):
         E_o = losses.overlap_cost(there["boxes"], there["candidate_boxes"])                       # (K, N)
         del there["candidate_boxes"]
         E_r = losses.regression_cost(logits, **there)                                             # (K, N)
-        for (weight, k), matrix in matrices.items():
-            choice = choose((E_o + weight * E_r).numpy(), E_o.numpy() < 1, k, np.random.default_rng(number))
+        recognized = losses.recognized_share(logits, there["boxes"], there["classes"])            # (K,)
+        shares += recognized.tolist()
+        for (weight, share, k), matrix in matrices.items():
+            cost = E_o + weight * (recognized >= share)[:, None] * E_r
+            choice = choose(cost.numpy(), E_o.numpy() < 1, k, np.random.default_rng(number))
             labels = paint(truth.shape, c["boxes"], c["classes"], segments_of(choice, c))
             matrix += losses.confusion_matrix(torch.from_numpy(labels), truth, len(names))
-    return matrices, predicted
+    return matrices, predicted, np.array(shares)
 
 
 def main():
@@ -125,8 +130,10 @@ def main():
     parser.add_argument("--skip", type=int, default=0, metavar="N", help="not the first N images of the list")
     parser.add_argument("--candidates", metavar="DIR", help="read NPZ files of mcg_candidates.py, whatever --method")
     parser.add_argument("--checkpoint", metavar="FILE", help="what BoxSup's choice with this network makes of them")
-    parser.add_argument("--weights", type=float, nargs="+", default=[0, 0.3, 1, 3, 10], metavar="LAMBDA",
+    parser.add_argument("--lambda-r", type=float, nargs="+", default=[0, 0.3, 1, 3, 10], metavar="LAMBDA",
                         help="with --checkpoint (default: 0 0.3 1 3 10)")
+    parser.add_argument("--min-recognized", type=float, nargs="+", default=[0, 0.3], metavar="SHARE",
+                        help="with --checkpoint (default: 0 0.3)")
     parser.add_argument("--val-scale", type=float, default=1.0, help="with --checkpoint: as in training (default: 1)")
     args = parser.parse_args()
     cv2.setNumThreads(1)
@@ -138,13 +145,16 @@ def main():
         network, saved = load_network(args.checkpoint)
         if saved["class_names"] != class_names(voc):
             raise BadInput(f"{args.checkpoint}: trained on other classes ({' '.join(saved['class_names'])})")
-        matrices, predicted = measure_choice(voc, ids, args.candidates or candidates_folder(voc, args.method), network,
-                                             args.weights, args.val_scale)
+        settings = [(weight, share) for share in args.min_recognized for weight in args.lambda_r]
+        matrices, predicted, shares = measure_choice(
+            voc, ids, args.candidates or candidates_folder(voc, args.method), network, settings, args.val_scale)
         score = {key: 100 * losses.iou(matrix).nanmean().item() for key, matrix in matrices.items()}
-        print(f"{len(ids)} images; the network itself: {100 * losses.iou(predicted).nanmean().item():.1f} mIoU\n\n"
-              "| lambda | cheapest | one of five |\n|---|---|---|")
-        for weight in args.weights:
-            print(f"| {weight:g} | {score[weight, 1]:.1f} | {score[weight, 5]:.1f} |")
+        print(f"{len(ids)} images; the network itself: {100 * losses.iou(predicted).nanmean().item():.1f} mIoU; "
+              f"{len(shares)} boxes\n\n| boxes recognized by | share of boxes | lambda | cheapest | one of five |\n"
+              "|---|---|---|---|---|")
+        for weight, share in settings:
+            print(f"| {share:g} | {(shares >= share).mean():.2f} | {weight:g} | {score[weight, share, 1]:.1f} | "
+                  f"{score[weight, share, 5]:.1f} |")
         return
     if args.candidates:
         def make(image_id, image, _):

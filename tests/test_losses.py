@@ -229,22 +229,45 @@ def test_overlap_cost_by_hand():
 
 
 def test_regression_cost_by_hand():
-    """e is in both boxes and left out. Box 0 is left with a, b, d; class 1 in the segment, background outside:
+    """e is in both boxes, so it is box 1's, the smaller's. Box 0 is left with a, b, d; class 1 in the segment,
+    background outside:
         a b: 1 + 3 + 3 = 7      a b d e: 1 + 3 + 1 = 5      c f and none: 2 + 1 + 3 = 6         ln 2 / 6 of it
-    Box 1 is left with f: 2, with c f 1.
+    Box 1 has e and f:
+        a b and none: 2 + 2 = 4             a b d e: 3 + 2 = 5          c f: 2 + 1 = 3
     """
     x = boxsup_by_hand()
-    assert is_close(6 * losses.regression_cost(**x) / LN2, [[7, 5, 6, 6], [2, 2, 1, 2]])
+    assert is_close(6 * losses.regression_cost(**x) / LN2, [[7, 5, 6, 6], [4, 5, 3, 4]])
+
+
+def test_recognized_share_by_hand():
+    """Two boxes of an image of 4 x 5 pixels, classes 1 and 2, in a network that calls the two left columns 1, the rest
+    2. The first, 3 x 2 pixels from x = 1, has its left column called 1: 3 of 6 pixels. The second lies where all is 1:
+    0 of 4. The third, of class 2, covers the image: 12 of 20. A box of no pixel has 0."""
+    logits = torch.zeros(3, 4, 5)
+    logits[1, :, :2] = logits[2, :, 2:] = 1
+    boxes = torch.tensor([[1, 0, 3, 3], [0, 1, 2, 3], [0, 0, 5, 4], [2, 2, 2, 3]])
+    share = losses.recognized_share(logits, boxes, torch.tensor([1, 2, 2, 1], dtype=torch.uint8))
+    assert share.tolist() == pytest.approx([3 / 6, 0, 12 / 20, 0])
+
+
+def test_a_weight_for_each_box():
+    """candidate_cost with weights (K, 1) is its rows with each weight alone."""
+    x = scene(0)
+    arguments = x.logits[0], x.superpixels, x.members, x.candidate_boxes, x.boxes, x.classes
+    weights = torch.arange(len(x.boxes)).float()[:, None]
+    cost = losses.candidate_cost(*arguments, weight=weights)
+    for k, weight in enumerate(weights[:, 0].tolist()):
+        assert torch.equal(cost[k], losses.candidate_cost(*arguments, weight=weight)[k])
 
 
 def test_candidate_cost_by_hand():
     """E_o + 3 E_r, the paper's lambda by default: 1/2 + 7/2 ln 2 = 2.926015, 5/2 ln 2 = 1.732868, ...; lambda = 1:
-    1/2 + 7/6 ln 2 = 1.308672, ..., 1 + 2/6 ln 2 = 1.231049, ...; before the first epoch E_o alone."""
+    1/2 + 7/6 ln 2 = 1.308672, ..., 1 + 4/6 ln 2 = 1.462098, ...; before the first epoch E_o alone."""
     x = boxsup_by_hand() | dict(candidate_boxes=CANDIDATE_BOXES)
     assert is_close(losses.candidate_cost(**x), [[2.926015, 1.732868, 3.079442, 3.079442],
-                                                 [1.693147, 1.493147, 1.013240, 1.693147]])
+                                                 [2.386294, 2.532868, 1.706387, 2.386294]])
     assert is_close(losses.candidate_cost(**x, weight=1), [[1.308672, 0.577623, 1.693147, 1.693147],
-                                                           [1.231049, 1.031049, 0.782191, 1.231049]])
+                                                           [1.462098, 1.377623, 1.013240, 1.462098]])
     assert is_close(losses.candidate_cost(**x | dict(logits=None)), [[1 / 2, 0, 1, 1], [1, 4 / 5, 2 / 3, 1]])
 
 
@@ -317,6 +340,7 @@ CALLS = {
     "filling_rate_loss": lambda f, x: f(x.logits, x.box_labels, x.rates),
     "overlap_cost": lambda f, x: f(x.boxes, x.candidate_boxes),
     "regression_cost": lambda f, x: f(x.logits[0], x.superpixels, x.members, x.boxes, x.classes),
+    "recognized_share": lambda f, x: f(x.logits[0], x.boxes, x.classes),
     "candidate_cost": lambda f, x: f(x.logits[0], x.superpixels, x.members, x.candidate_boxes, x.boxes, x.classes),
     "confusion_matrix": lambda f, x: f(x.logits.argmax(1), x.mask_labels, 4),
     "iou": lambda f, x: f(losses.confusion_matrix(x.logits.argmax(1), x.mask_labels, 4)),
@@ -481,12 +505,21 @@ def naive_regression_cost(x):
         mine = []
         for i, row in enumerate(ids):
             for j, _ in enumerate(row):
-                around = [m for m, (x0, y0, x1, y1) in enumerate(boxes) if x0 <= j < x1 and y0 <= i < y1]
-                if around == [k]:
+                around = [((x1 - x0) * (y1 - y0), -m) for m, (x0, y0, x1, y1) in enumerate(boxes)
+                          if x0 <= j < x1 and y0 <= i < y1]
+                if around and min(around)[1] == -k:                                      # the smallest, the last
                     mine.append((i, j))
         costs.append([sum(-log_y[i][j][c if segment[ids[i][j]] else 0] for i, j in mine) / (len(ids) * len(ids[0]))
                       for segment in members])
     return costs
+
+
+def naive_recognized_share(x):
+    called, shares = x.logits[0].argmax(0).tolist(), []
+    for (x0, y0, x1, y1), c in zip(x.boxes.int().tolist(), x.classes.tolist()):
+        inside = [called[i][j] == c for i in range(y0, y1) for j in range(x0, x1)]
+        shares.append(sum(inside) / len(inside))
+    return shares
 
 
 def naive_candidate_cost(x):
@@ -1176,13 +1209,12 @@ def boxsup_scene(boxes, height=40, width=50, R=60, N=40, seed=0):
 def dense_regression_cost(logits, superpixels, members, boxes, classes):
     """Eq. 3 as it reads: for each box and each mask a label map, its cross-entropy over the box's pixels."""
     log_y, costs = logits.double().log_softmax(0), torch.zeros(len(boxes), len(members), dtype=torch.float64)
-    count = torch.zeros(superpixels.shape)
-    for x0, y0, x1, y1 in boxes.tolist():
-        count[y0:y1, x0:x1] += 1
-    for k, c in enumerate(classes.tolist()):
+    owner = torch.full(superpixels.shape, -1)
+    for k in sorted(range(len(boxes)), key=lambda k: -(boxes[k, 2:] - boxes[k, :2]).prod()):      # the smallest last
         x0, y0, x1, y1 = boxes[k].tolist()
-        mine = torch.zeros(superpixels.shape, dtype=torch.bool)
-        mine[y0:y1, x0:x1] = count[y0:y1, x0:x1] == 1
+        owner[y0:y1, x0:x1] = k
+    for k, c in enumerate(classes.tolist()):
+        mine = owner == k
         for n, segment in enumerate(members):
             mask = segment[superpixels]                                                           # (H, W)
             labels = torch.where(mask, c, 0)
@@ -1202,10 +1234,12 @@ def test_regression_cost_against_dense_evaluation(name):
     assert costs.dtype == torch.float32 and torch.allclose(costs.double(), expected, rtol=0, atol=1e-5)
 
 
-def test_a_box_inside_another_is_left_to_eq_2():
-    """Box 1 of "nested" lies inside box 0 and has no pixel of its own: Eq. 3 costs nothing, whatever the segment."""
-    costs = losses.regression_cost(**boxsup_scene(BOXES["nested"]))
-    assert (costs[1] == 0).all() and costs[0].std() > 0.001
+def test_a_box_without_a_pixel_of_its_own_is_left_to_eq_2():
+    """The later of two equal boxes has all pixels: for the other Eq. 3 costs nothing, whatever the segment. A box
+    inside another keeps its own."""
+    costs = losses.regression_cost(**boxsup_scene(BOXES["twice the same"]))
+    assert (costs[0] == 0).all() and costs[1].std() > 0.001
+    assert (losses.regression_cost(**boxsup_scene(BOXES["nested"])).std(1) > 0.001).all()
 
 
 def test_regression_cost_in_float32_at_full_size():

@@ -67,12 +67,13 @@ def test_candidate_quality(folder):
 def test_what_the_choice_makes_of_candidates(folder):
     """lambda 0 does not ask the network; with any lambda "cheapest" is at least as good as chance on such pictures."""
     out = call("candidate_quality.py", "--data", "VOCdevkit", "--split", "train", "--checkpoint",
-               "runs/ablation-boxsup/boxsup-3/last.pt", "--weights", 0, 1, folder=folder)
+               "runs/ablation-boxsup/boxsup-3/last.pt", "--lambda-r", 0, 1, "--min-recognized", 0, 2, folder=folder)
     lines = out.splitlines()
-    assert lines[0].startswith("8 images; the network itself: ") and lines[2] == "| lambda | cheapest | one of five |"
-    rows = {cells[1]: [float(x) for x in cells[2:4]] for cells in (line.split("|") for line in lines[4:])}
-    assert list(rows) == [" 0 ", " 1 "] and all(0 < x < 100 for row in rows.values() for x in row)
-    assert rows[" 0 "][0] > 40  # by the box alone, on isolated shapes
+    assert lines[0].startswith("8 images; the network itself: ") and lines[2].startswith("| boxes recognized by | ")
+    rows = [[float(x) for x in line.strip("|").split("|")] for line in lines[4:]]
+    assert [row[:3] for row in rows] == [[0, 1, 0], [0, 1, 1], [2, 0, 0], [2, 0, 1]]
+    assert all(0 < x < 100 for row in rows for x in row[3:]) and rows[0][3] > 40     # by the box alone, isolated shapes
+    assert rows[2][3:] == rows[3][3:] == rows[0][3:]        # no box is recognized by twice its area: E_o alone
 
 
 def test_bench_writes_what_it_prints(folder):

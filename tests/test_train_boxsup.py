@@ -118,14 +118,15 @@ def test_choose_leaves_a_box_that_nothing_overlaps():
 
 
 def test_paint_puts_the_smaller_box_on_top_and_fills_boxes_without_a_segment():
-    """A 4x6 picture: class 1's box is 4x4 and has a segment that leaves it; class 2's, 2x3, has none."""
+    """A 4x6 image: class 1's box is 4x4 and has a segment that leaves it, which is cut off there; class 2's, 2x3, has
+    none."""
     segment = np.zeros((4, 6), bool)
     segment[0, :] = segment[1, 1:3] = True
     for order in ([0, 1], [1, 0]):
         boxes, classes = np.array([[0, 0, 4, 4], [2, 1, 5, 3]])[order], np.array([1, 2], np.uint8)[order]
         segments = [[segment, None][k] for k in order]
         assert paint((4, 6), boxes, classes, segments).tolist() == [
-            [1, 1, 1, 1, 1, 1],
+            [1, 1, 1, 1, 0, 0],
             [0, 1, 2, 2, 2, 0],
             [0, 0, 2, 2, 2, 0],
             [0, 0, 0, 0, 0, 0]]
@@ -277,20 +278,36 @@ def test_the_rate_falls_in_steps_and_the_last_layer_has_its_own(toy, tmp_path):
     rates = {r["step"]: r["lr"] for r in log_of(tmp_path) if "E_r" in r}
     assert [rates[step] for step in (1, 3, 4, 6, 7, 9)] == pytest.approx([0.02, 0.02, 2e-3, 2e-3, 2e-4, 2e-4])
     checkpoint = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert [group["lr"] for group in checkpoint["optimizer"]["param_groups"]] == pytest.approx([2e-4, 2e-3])
+    groups = checkpoint["optimizer"]["param_groups"]                           # encoder, between, last layer
+    assert [group["lr"] for group in groups] == pytest.approx([2e-4, 2e-4, 2e-3])
     network, _ = load_network(tmp_path / "last.pt")
-    assert [len(group["params"]) for group in checkpoint["optimizer"]["param_groups"]] == [
-        len(list(network.parameters())) - 2, 2]
+    encoder = len(list(network.encoder.parameters()))
+    assert [len(group["params"]) for group in groups] == [encoder, len(list(network.parameters())) - encoder - 2, 2]
     assert network.last_layer.out_channels == len(checkpoint["class_names"])
 
 
-def test_during_the_warm_up_the_network_has_no_say(toy, tmp_path, monkeypatch):
+def test_during_the_warm_up_there_is_no_feedback(toy, tmp_path, monkeypatch):
     asked, original = [], losses.candidate_cost
     monkeypatch.setattr(losses, "candidate_cost", lambda *args, **kwargs: asked.append(1) or original(*args, **kwargs))
-    assert train(toy, tmp_path, "--warm-up", 2, "--epochs", 3, "--top-k", 1) == 0
+    assert train(toy, tmp_path, "--warm-up", 2, "--epochs", 3, "--top-k", 1, "--min-recognized", 0) == 0
     assert len(asked) == 12
     updates = [r for r in log_of(tmp_path) if "labels_of_epoch" in r]
     assert updates[1]["changed"] == 0 and updates[1]["cost"] == updates[0]["cost"] < updates[2]["cost"]
+
+
+def test_lambda_holds_for_the_boxes_that_the_network_recognizes(toy, tmp_path, monkeypatch):
+    """A network that calls everything background changes nothing, whatever lambda; one that recognizes every box has
+    the same costs as under a constant lambda."""
+    def updates(name, *flags):
+        assert train(toy, tmp_path / name, "--epochs", 2, "--top-k", 1, "--lr", 0, "--lambda-r", 3, *flags) == 0
+        return [r for r in log_of(tmp_path / name) if "labels_of_epoch" in r]
+
+    constant = updates("constant", "--min-recognized", 0)
+    for share, same in ((0.0, "first"), (0.29, "first"), (0.31, "constant"), (1.0, "constant")):
+        monkeypatch.setattr(losses, "recognized_share", lambda logits, boxes, classes: torch.full((len(boxes),), share))
+        first, second = updates(f"share-{share}")
+        assert second["cost"] == (first if same == "first" else constant[1])["cost"] and first == constant[0]
+    assert constant[1]["cost"] > constant[0]["cost"]
 
 
 def test_scraps_are_reported(toy, tmp_path, monkeypatch, capsys):
