@@ -217,9 +217,12 @@ def read_label(path, size=None, num_classes=None):
 
 def require_a_class(paths):
     """Refuses label PNGs that together hold no class but background; reads them up to the first that does."""
-    for count, path in enumerate(paths, 1):
-        if (read_label(path) % 255).any():
-            return
+    try:
+        for count, path in enumerate(paths, 1):
+            if (read_label(path) % 255).any():
+                return
+    except BadInput:
+        return  # it is reported with its image
     raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' indices "
                    "(255 is ignored: in masks of 0 and 255 replace it by the class's index)")
 
@@ -606,9 +609,10 @@ def claim_labels(folders, voc, ids, names, boxes, options):
     """The folders of B and M, for labels of these boxes and GrabCut options -> options, all of them. Those not given
     are the ones with which the folder was made, so that whatever is missing is made like the rest."""
     there = read_source(folders[1]) if (folders[1] / "source.json").exists() else {}
-    adopted = {key: there[key] for key in GRABCUT if key not in options and there.get(key, GRABCUT[key]) != GRABCUT[key]}
+    adopted = {key: there[key] for key, default in GRABCUT.items()
+               if key not in options and there.get(key, default) != default}
     if adopted:
-        print(f"{folders[1]}: not made with the defaults but with {adopted}; what is missing is made so", file=sys.stderr)
+        print(f"{folders[1]}: made with {adopted}, not the defaults; what is missing is made so, too", file=sys.stderr)
     options = GRABCUT | adopted | options
     for folder, more in zip(folders, ({}, options)):
         if not (folder / "source.json").exists() and any((folder / f"{i}.png").exists() for i in ids):

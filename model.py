@@ -840,6 +840,8 @@ def check_arguments(args, device, out, more):
         (args.val_scale > 0, f"--val-scale {args.val_scale}: wanted more than 0"),
         (not args.sync_bn or device.type == "cuda", "--sync-bn: PyTorch has it on CUDA only; leave it out"),
         *more,
+        (args.resume or not args.init or Path(args.init).resolve().parent != out.resolve(),
+         f"--init {args.init}: lies in --out, where it would be overwritten: name another --out"),
         (args.resume or args.overwrite or not (out / "last.pt").exists(),
          f"{out} has a last.pt: --resume goes on from it, --overwrite starts anew, --out names another"),
     ]:

@@ -349,6 +349,9 @@ def test_no_output_is_an_input(voc, tmp_path):
     assert status == 2 and "is read from" in text
     assert {path: path.read_bytes() for path in before} == before
     keep_apart([tmp_path / "new", None], [images, None, tmp_path / "absent"])
+    for script in ("train_box2seg.py", "train_boxsup.py"):
+        status, text = call(script, "--data", voc, "--init", voc / "best.pt", "--out", voc, "--device", "cpu")
+        assert status == 2 and "best.pt: lies in --out, where it would be overwritten" in text
 
 
 # ---------------------------------------------------------------- 5: pixels mean what they say
@@ -437,7 +440,7 @@ def test_labels_say_what_they_were_made_of(voc, capsys):
     assert "working_size" not in read_source(voc / "BoxMasks")
     again = make_labels(voc, ["a", "b"], workers=1)                       # nothing said of options: the folder's
     assert again["made"] == 1 and again["source"] == made["source"]
-    assert "not made with the defaults but with {'working_size': 100}" in capsys.readouterr().err
+    assert "made with {'working_size': 100}, not the defaults" in capsys.readouterr().err
     with pytest.raises(BadInput, match=r"GrabCutMasks/source.json: made with other working_size \(100, not 240\)"):
         make_labels(voc, ["a", "b"], workers=1, working_size=240)
     with pytest.raises(BadInput, match="BoxMasks/source.json: made with other boxes"):
