@@ -233,14 +233,16 @@ def read_label(path, size=None, num_classes=None):
 
 def require_a_class(paths):
     """Refuses label PNGs that together hold no class but background; reads them up to the first that does."""
+    count = 0
     try:
         for count, path in enumerate(paths, 1):
             if (read_label(path) % 255).any():
                 return
     except BadInput:
         return  # it is reported with its image
-    raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' indices "
-                   "(255 is ignored: in masks of 0 and 255 replace it by the class's index)")
+    if count:
+        raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' "
+                       "indices (255 is ignored: in masks of 0 and 255 replace it by the class's index)")
 
 
 def write_label(path, labels):

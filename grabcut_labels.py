@@ -217,14 +217,16 @@ def read_label(path, size=None, num_classes=None):
 
 def require_a_class(paths):
     """Refuses label PNGs that together hold no class but background; reads them up to the first that does."""
+    count = 0
     try:
         for count, path in enumerate(paths, 1):
             if (read_label(path) % 255).any():
                 return
     except BadInput:
         return  # it is reported with its image
-    raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' indices "
-                   "(255 is ignored: in masks of 0 and 255 replace it by the class's index)")
+    if count:
+        raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' "
+                       "indices (255 is ignored: in masks of 0 and 255 replace it by the class's index)")
 
 
 def write_label(path, labels):
@@ -366,13 +368,15 @@ def read_boxes(xml_path, names, size):
 
 def require_a_box(paths, names):
     """Refuses annotations that together hold no box; reads them up to the first that does, or that cannot be read."""
+    count = 0
     try:
         for count, path in enumerate(paths, 1):
             if len(read_boxes(path, names, None)[0]):
                 return
     except BadInput:
         return  # it is reported with its image
-    raise BadInput(f"{path}: no object in it, nor in any other of the list ({count}): export the boxes again")
+    if count:
+        raise BadInput(f"{path}: no object in it, nor in any other of the list ({count}): export the boxes again")
 # ==== end of shared block
 
 
@@ -633,7 +637,7 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     """
     voc, names, folders = Path(voc), class_names(voc), label_paths(voc, out, detect is not None)
     boxes_from = "Annotations" if detect is None else getattr(detect, "source", "detector")
-    if detect is None and ids:
+    if detect is None:
         require_a_box((voc / "Annotations" / f"{i}.xml" for i in ids), names)
     options = claim_labels(folders, voc, ids, names, boxes_from, options)
     detecting = threading.Lock()

@@ -224,14 +224,16 @@ def read_label(path, size=None, num_classes=None):
 
 def require_a_class(paths):
     """Refuses label PNGs that together hold no class but background; reads them up to the first that does."""
+    count = 0
     try:
         for count, path in enumerate(paths, 1):
             if (read_label(path) % 255).any():
                 return
     except BadInput:
         return  # it is reported with its image
-    raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' indices "
-                   "(255 is ignored: in masks of 0 and 255 replace it by the class's index)")
+    if count:
+        raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' "
+                       "indices (255 is ignored: in masks of 0 and 255 replace it by the class's index)")
 
 
 def write_label(path, labels):
@@ -373,13 +375,15 @@ def read_boxes(xml_path, names, size):
 
 def require_a_box(paths, names):
     """Refuses annotations that together hold no box; reads them up to the first that does, or that cannot be read."""
+    count = 0
     try:
         for count, path in enumerate(paths, 1):
             if len(read_boxes(path, names, None)[0]):
                 return
     except BadInput:
         return  # it is reported with its image
-    raise BadInput(f"{path}: no object in it, nor in any other of the list ({count}): export the boxes again")
+    if count:
+        raise BadInput(f"{path}: no object in it, nor in any other of the list ({count}): export the boxes again")
 # ==== end of shared block
 
 
@@ -1104,9 +1108,6 @@ def read_coco(path, names, masks=False):
         unknown = [box for box in annotations if box[0] not in image_of or box[1] not in name_of]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path}: not a COCO instances_*.json ({one_line(error)}): export it again") from None
-    if unknown:
-        raise BadInput(f"{path}: a box of image {unknown[0][0]!r}, category {unknown[0][1]!r}, not in its lists: "
-                       "export it again with all its images and categories")
     classes = {}
     for key, name in categories:
         name = name if name in names[1:] else COCO_TO_VOC.get(name)
@@ -1114,6 +1115,9 @@ def read_coco(path, names, masks=False):
             classes[key] = names.index(name)
     if not classes:
         raise BadInput(f"{path}: no category is one of the classes {', '.join(names[1:])}: see --class-names")
+    if unknown:
+        raise BadInput(f"{path}: a box of image {unknown[0][0]!r}, category {unknown[0][1]!r}, not in its lists: "
+                       "export it again with all its images and categories")
 
     found, left_out, ids = {}, Counter(), {}
     for image, category, box, outline, crowd in annotations:
@@ -1127,11 +1131,13 @@ def read_coco(path, names, masks=False):
             left_out["boxes of no size"] += 1
         else:
             file, size = image_of[image]
-            stem = image_id(os.path.basename(file.replace("\\", "/")), path)  # no path from inside the JSON
+            file = os.path.basename(file.replace("\\", "/"))  # never a path from inside the JSON
+            stem = image_id(file, path)
             if not file.lower().endswith(ENDINGS):
                 raise BadInput(f"{path}: image {image} is {file!r}: wanted a name that ends in {', '.join(ENDINGS)}")
             if ids.setdefault(stem, image) != image:
-                raise BadInput(f"{path}: images {ids[stem]} and {image} both have the name {stem}: rename one")
+                raise BadInput(f"{path}: images {ids[stem]} and {image} both have the name {file}, ending apart: rename "
+                               "one")
             boxes, kinds, _ = found.setdefault(stem, ([], [], size))
             boxes.append(outline if masks else box)
             kinds.append(255 if crowd else classes[category])
@@ -1228,8 +1234,11 @@ def make_coco_candidates(path, images, out, names=VOC_CLASSES, shard="1/1", meth
     found, notes = read_coco(path, names, method == "masks")
     if not Path(images).is_dir():
         raise BadInput(f"no folder --images {images}: wanted the pictures that {path} names")
-    summary = make_all(Path(out), images, names, take_shard(list(found), shard), found.get,
-                       {"boxes": Path(path).name}, method, workers, max_candidates)
+    ids = take_shard(list(found), shard)
+    summary = make_all(Path(out), images, names, ids, found.get, {"boxes": Path(path).name}, method, workers,
+                       max_candidates)
+    if method == "masks" and summary["made"]:           # boxes without outlines, say
+        require_a_class(target for i in ids if (target := Path(out) / f"{i}.png").exists())
     print(*(f"{path}: {note}" for note in notes), sep="\n", file=sys.stderr)
     return summary
 
@@ -1255,8 +1264,6 @@ def draw_one(target, images, name, annotation, *_):
     image = read_image(picture)
     check_size(size, image.shape[:2], f"the JSON's {picture.name}")
     labels, unpainted = coco_mask(outlines, classes, image.shape[:2], picture)
-    if not labels.any():
-        raise BadInput(f"{picture}: none of its {len(classes)} outlines in the JSON paints a pixel: export them again")
     write_label(target, labels)
     return 0, len(classes), ["an outline that paints no pixel"] * bool(unpainted)
 

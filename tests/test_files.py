@@ -230,14 +230,16 @@ def test_what_is_left_out_of_a_json_is_counted_and_named(tmp_path):
 
 
 def test_an_outline_that_paints_no_pixel(voc):
-    """One among others is said; where none paints the image is refused. Boxes without outlines make no masks."""
+    """It is said; where none of the whole file paints any, it is refused: boxes without outlines make no masks."""
     square, none = [[10, 10, 50, 10, 50, 30, 10, 30]], [[200, 10, 210, 10, 210, 30]]
     thing = lambda image, outline: {"image_id": image, "category_id": 2, "bbox": [9, 9, 9, 9], "segmentation": outline}
     path = coco(voc / "c.json", annotations=[thing(1, square), thing(1, none), thing(2, none), thing(2, [])])
     summary = make_coco_candidates(path, voc / "JPEGImages", voc / "out", NAMES, method="masks", workers=1)
-    assert summary["notes"] == {"an outline that paints no pixel": ["a"]}
-    assert len(summary["failures"]) == 1 and "b.jpg: none of its 2 outlines" in summary["failures"][0]
-    assert np.array_equal(read_label(voc / "out/a.png"), 2 * dog())
+    assert summary["notes"] == {"an outline that paints no pixel": ["a", "b"]}
+    assert np.array_equal(read_label(voc / "out/a.png"), 2 * dog()) and not read_label(voc / "out/b.png").any()
+    coco(path, annotations=[thing(1, []), thing(2, none)])
+    with pytest.raises(BadInput, match="no class but background"):
+        make_coco_candidates(path, voc / "JPEGImages", voc / "out2", NAMES, method="masks", workers=1)
 
 
 def test_masks_of_0_and_255_are_no_truth(voc, tmp_path):
