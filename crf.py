@@ -1,5 +1,5 @@
 """
-The dense CRF: every pixel talks to every other one, and labels settle along the edges of the picture.
+The fully connected CRF with Gaussian pairwise terms: labels settle along the edges of the image.
 
 Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials" (NIPS 2011), which
 both papers run on their network's output: Box2Seg's row (C) of Tables 1 and 2 (74.9 -> 76.4), and BoxSup's Sect. 5
@@ -10,9 +10,9 @@ and what the tests compare with.
 
 Run:    python crf.py holiday.jpg holiday.npy                                       (Box2Seg's network, ResNet-101)
         python crf.py holiday.jpg holiday.npy --preset vgg16 --iterations 5         (BoxSup's)
-Reads:  a picture, and the class probabilities (C, H, W) of its pixels, any float type, as one gets them by
+Reads:  an image, and the class probabilities (C, H, W) of its pixels, any float type, as one gets them by
         numpy.save("holiday.npy", predict(network, image).cpu().numpy()), with predict() of model.py
-Writes: crf.png (--out): the picture | most probable classes before | after
+Writes: crf.png (--out): the image | most probable classes before | after
 Expect: a photograph of 500x375 with 21 classes takes half a second to two seconds on one CPU core, the more texture
         the longer (mere noise takes ten).
         Exit status 0; 2 with one line on stderr if an input will not do.
@@ -161,7 +161,7 @@ def gaussian_kernel(features):
     """
     Points (N, d) float32 -> the filter D^-1/2 K D^-1/2, ready for apply(); K is the lattice's, D its row sums.
 
-    Built once per picture: ten iterations and all classes share it, and so do all weights w that a search may try.
+    Built once per image: ten iterations and all classes share it, and so do all weights w that a search may try.
     """
     # PAPER SILENT: how a kernel is normalised; without normalisation a pixel in a large even area gets a larger message
     # than one in a small area. Symmetric, which is pydensecrf's default and what later work used.
@@ -235,7 +235,7 @@ def pydensecrf(image, probabilities, w, xy, rgb, gaussian_w, gaussian_xy, iterat
 def dense_crf(image, probabilities, w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy=3, iterations=ITERATIONS,
               backend="torch"):
     """
-    Class probabilities of one picture, refined: (C, H, W) float32, sum 1 per pixel, where `probabilities` lie.
+    Class probabilities of one image, refined: (C, H, W) float32, sum 1 per pixel, where `probabilities` lie.
 
     image           (H, W, 3) uint8 RGB as in the file, numpy array or tensor
     probabilities   (C, H, W) of any float type, numpy array or tensor, 0..1, sum 1 per pixel
@@ -277,7 +277,7 @@ def dense_crf(image, probabilities, w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy
 # ----------------------------------------------------------------------------------------------------------------------
 # before and after, to look at
 
-# ==== shared block "a picture": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
+# ==== shared block "an image": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
 UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
                           "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
 
@@ -298,7 +298,7 @@ def orientation(exif):
 
 
 def read_image(path):
-    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
+    """An image file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
     try:
         with Image.open(path) as file:
             file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
@@ -332,7 +332,7 @@ def read_inputs(image_file, probabilities_file):
 
 
 def panel(image, labels, caption):
-    """The picture in grey under VOC's colours made brighter, below its caption; labels None: the picture itself."""
+    """The image in grey under VOC's colours made brighter, below its caption; labels None: the image itself."""
     if labels is not None:
         bits = [sum((labels >> (3 * k + c) & 1) << (7 - k) for k in range(3)) for c in range(3)]   # VOC's palette
         colour = np.minimum(np.stack(bits, axis=2) * 1.1 + 40, 255)
@@ -351,7 +351,7 @@ def main(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0].strip(),
         epilog="(ours): neither paper says. What each parameter does: Eq. 3 of Kraehenbuehl and Koltun.")
     add = parser.add_argument
-    add("image", metavar="IMAGE", help="a picture")
+    add("image", metavar="IMAGE", help="an image")
     add("probabilities", metavar="PROBABILITIES.npy", help="(C, H, W) class probabilities of its pixels, float")
     add("--preset", choices=sorted(PRESETS), default="resnet101", help="parameters for Box2Seg's network (resnet101: "
         "w 4, xy 67, rgb 3) or for BoxSup's (vgg16: w 4, xy 121, rgb 5) (ours: %(default)s)")
@@ -364,7 +364,7 @@ def main(argv):
     add("--backend", choices=["torch", "pydensecrf"], default="torch", help="(ours: %(default)s)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the backend torch runs (default %(default)s)")
     add("--out", type=Path, default=Path("crf.png"), metavar="FILE",
-        help="gets picture | before | after (default %(default)s)")
+        help="gets image | before | after (default %(default)s)")
     args = parser.parse_args(argv)
 
     given = {name: getattr(args, name) for name in PRESETS[args.preset] if getattr(args, name) is not None}
@@ -372,7 +372,7 @@ def main(argv):
         if args.device == "cuda" and not torch.cuda.is_available():
             raise BadInput("--device cuda: this PyTorch sees no CUDA GPU: give --device cpu")
         if not args.out.parent.is_dir() or args.out.is_dir():
-            raise BadInput(f"--out {args.out}: wanted the name of a file in a folder that exists")
+            raise BadInput(f"--out {args.out}: expected the name of a file in a folder that exists")
         if args.out.exists() and any(args.out.samefile(path) for path in (args.image, args.probabilities)
                                      if Path(path).exists()):
             raise BadInput(f"--out {args.out}: is read from: give another name")

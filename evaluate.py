@@ -24,7 +24,7 @@ Writes: the table, to the terminal. If asked: --json FILE, {"miou": 0..1, "iou":
         "interior_classes": [how many are left there], "share": [of the pixels, in the band, 0..1]};
         --trimap-plot FILE; --save-png DIR, a label PNG per id; --pictures DIR, --attention DIR, --affinity DIR,
         <id>.png strips and all of them in sheet.png;
-        with --images, a label PNG per picture and the picture under its labels in overlay/, below --out
+        with --images, a label PNG per image and the image under its labels in overlay/, below --out
 Expect: the paper's Box2Seg reaches 74.9 (Table 3), its GrabCut labels on the annotated boxes 71.6 (Sect. 4.2).
         Exit status 0; 1 if single images could not be read, they are listed and left out; 2 if nothing could be done.
 """
@@ -78,7 +78,7 @@ def find_voc(data):
     for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
         if (folder / "JPEGImages").is_dir():
             return folder
-    raise BadInput(f"no VOC data in {data}: wanted {data}/VOC2012/JPEGImages")
+    raise BadInput(f"no VOC data in {data}: expected {data}/VOC2012/JPEGImages")
 
 
 def read_text(path):
@@ -99,7 +99,7 @@ def read_names(path):
     """A file of class names, one a line, background first -> list."""
     names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
     if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
-        raise BadInput(f"{path}: wanted 2 to 255 different names, one a line, background first")
+        raise BadInput(f"{path}: expected 2 to 255 different names, one a line, background first")
     return names
 
 
@@ -111,21 +111,21 @@ def class_names(voc):
 
 
 # ==== shared block "ids of images": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
-ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"  # of pictures, in small letters or in capitals
+ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"  # of images, in small letters or in capitals
 
 
 def image_id(text, where):
-    """What a list calls an image -> its id: the picture's path below JPEGImages without its ending, as in day1/a."""
+    """What a list calls an image -> its id: the image's path below JPEGImages without its ending, as in day1/a."""
     endings, name = "|".join(ENDINGS).replace(".", r"\."), text
     if columns := re.fullmatch(rf"(.+?)({endings})\s+(.*[/\\])?(.+)\.(png|xml)", name, re.I):  # DeepLab's lists
         name = columns[1]
         if re.split(r"[/\\]", name)[-1] != columns[4]:
-            raise BadInput(f"{where}: {text[:99]!r} are two names: wanted one image a line")
+            raise BadInput(f"{where}: {text[:99]!r} are two names: expected one image a line")
     name = re.sub(r"^(\./)?(/?((VOCdevkit/)?VOC2012/)?JPEGImages/)?", "", name.replace("\\", "/"))
     parts = re.sub(rf"({endings})$", "", name, flags=re.I).split("/")
     long = max(len(part.encode("utf-8", "replace")) for part in parts) > 230  # with an ending too long for a file name
     if long or {"", ".", ".."} & set(parts) or parts[0][1:2] == ":":
-        raise BadInput(f"{where}: {text[:99]!r} is no id: wanted a picture's name, or its path below JPEGImages")
+        raise BadInput(f"{where}: {text[:99]!r} is no id: expected an image's name, or its path below JPEGImages")
     return "/".join(parts)
 
 
@@ -140,12 +140,12 @@ def read_list(path):
                        "lines that you want, and only their ids")
     ids = [image_id(line, path) for line in lines]
     if not ids or len(set(ids)) < len(ids):
-        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": wanted one id a line")
+        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": expected one id a line")
     return ids
 
 
 def find_image(folder, name):
-    """The picture of an id, whatever its ending (where there is none, what .jpg would be called). Two are refused."""
+    """The image of an id, whatever its ending (where there is none, what .jpg would be called). Two are refused."""
     paths = [Path(folder) / f"{name}{ending}" for small in ENDINGS for ending in (small, small.upper())]
     found = [path for path in paths if path.is_file()] or paths[:1]
     for other in found[1:]:
@@ -155,7 +155,7 @@ def find_image(folder, name):
 # ==== end of shared block
 
 
-# ==== shared block "a picture": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
+# ==== shared block "an image": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
 UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
                           "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
 
@@ -176,7 +176,7 @@ def orientation(exif):
 
 
 def read_image(path):
-    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
+    """An image file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
     try:
         with Image.open(path) as file:
             file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
@@ -215,7 +215,7 @@ def read_label(path, size=None, num_classes=None):
     except Exception as error:  # broken bytes make decoders raise nearly anything
         raise BadInput(f"{path}: not a readable PNG ({' '.join(str(error).split())}): make it again") from None
     if mode not in ("P", "L", "1"):
-        raise BadInput(f"{path}: a {mode} picture, not class indices: save it as an 8-bit palette PNG")
+        raise BadInput(f"{path}: a {mode} image, not class indices: save it as an 8-bit palette PNG")
     if mode != "P" and depth in ("1", "2", "4"):
         labels //= 255 // (2 ** int(depth) - 1)  # Pillow has spread them over 0..255
     colours, classes = voc_palette(), [*range(num_classes or 21), 255]
@@ -241,7 +241,7 @@ def require_a_class(paths):
     except BadInput:
         return  # it is reported with its image
     if count:
-        raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' "
+        raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): expected classes' "
                        "indices (255 is ignored: in masks of 0 and 255 replace it by the class's index)")
 
 
@@ -272,7 +272,7 @@ def writing(path):
 
 
 def read_source(folder):
-    """A folder of candidates or labels -> its source.json: {"images": Path of the folder of its pictures,
+    """A folder of candidates or labels -> its source.json: {"images": Path of the folder of its images,
     "class_names", "method", and what else they depend on}."""
     path = Path(folder) / "source.json"
     if not path.is_file():
@@ -479,7 +479,7 @@ def boundary_distance(truth):
     distance = np.full(truth.shape, np.inf, np.float32)
     for c in np.unique(truth):
         here = truth == c
-        if not here.all():                              # the picture's own edge is no boundary
+        if not here.all():                              # the image's own edge is no boundary
             inside = cv2.distanceTransform(here.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
             distance[here] = inside[here]
     return distance
@@ -513,7 +513,7 @@ def read_trimap(path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# pictures
+# figures
 
 PANEL = 240                                             # height of a panel in pixels
 INK, PAPER = (40, 40, 40), (255, 255, 255)
@@ -529,7 +529,7 @@ def grey(image):
 
 
 def overlay(image, labels):
-    """Classes in colour over the picture in dark grey; what is ignored (255) in near white. (H, W, 3) uint8 RGB."""
+    """Classes in colour over the image in dark grey; what is ignored (255) in near white. (H, W, 3) uint8 RGB."""
     strength = np.where(labels == 0, 0, 0.7)[..., None]                             # (H, W, 1)
     return ((1 - strength) * 0.6 * grey(image) + strength * colour_of(labels)).round().astype(np.uint8)
 
@@ -547,7 +547,7 @@ def attention_of(network, image, args):
 
 
 def attention_overlay(image, alpha, truth, boxes):
-    """alpha of the classes that are in the picture, each in its colour: how strong is how bright. (H, W, 3) uint8 RGB.
+    """alpha of the classes that are in the image, each in its colour: how strong is how bright. (H, W, 3) uint8 RGB.
 
     Eq. 3 trains alpha_c where B is c and nowhere else. So other classes are left out, and what lies outside of the
     boxes too, where the box labels are at hand.
@@ -564,7 +564,7 @@ def write(picture, words, x, y, colour=INK, size=0.5):
 
 
 def captioned(image, caption):
-    """A panel: the picture at PANEL pixels of height under its caption."""
+    """A panel: the image at PANEL pixels of height under its caption."""
     width = max(1, round(image.shape[1] * PANEL / image.shape[0]))
     shrinks = image.shape[0] > PANEL
     image = cv2.resize(image, (width, PANEL), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
@@ -575,7 +575,7 @@ def captioned(image, caption):
 
 
 def side_by_side(pictures):
-    """{caption: picture} -> (h, w, 3) uint8 RGB."""
+    """{caption: image} -> (h, w, 3) uint8 RGB."""
     return np.hstack([captioned(picture, caption) for caption, picture in pictures.items()])
 
 
@@ -594,7 +594,7 @@ def legend(present, names, width):
 
 
 def heat(image, values):
-    """values (H, W) in 0..1 as colours, blue to red, over the picture in grey: (H, W, 3) uint8 RGB."""
+    """values (H, W) in 0..1 as colours, blue to red, over the image in grey: (H, W, 3) uint8 RGB."""
     colours = cv2.applyColorMap((255 * values.clip(0, 1)).round().astype(np.uint8), cv2.COLORMAP_TURBO)[..., ::-1]
     return (0.45 * grey(image) + 0.55 * colours).round().astype(np.uint8)
 
@@ -701,7 +701,7 @@ def save_pictures(voc, per_image, predicted, network, names, args):
             against = args.against.name if args.against else "truth"
             labels = {against: read_label(truth_path(voc, name, args.against), size, len(names))}
             for kind, caption in (("BoxMasks", "boxes"), ("GrabCutMasks", "GrabCut")):
-                path = (args.noisy_labels or voc) / kind / f"{name}.png"
+                path = (args.pseudo_label_dir or voc) / kind / f"{name}.png"
                 if path.is_file():                      # grabcut_labels.py makes them for the list it is given
                     labels[caption] = read_label(path, size, len(names))
             pictures, present = strip(image, labels, prediction, network, names, args)
@@ -711,7 +711,7 @@ def save_pictures(voc, per_image, predicted, network, names, args):
         width = max(one.shape[1] for one in strips)
         sheet = np.vstack([widened(one, width) for one in strips])
         save_picture(folder / "sheet.png", with_legend(sheet, everything, names, scale))
-        print(f"{len(chosen)} pictures in {folder}, all of them in sheet.png")
+        print(f"{len(chosen)} figures in {folder}, all of them in sheet.png")
 
 
 CURVES = (40, 80, 220), (215, 40, 40), (30, 150, 60), (230, 140, 0), (140, 60, 180)     # Fig. 4: blue, red
@@ -781,11 +781,11 @@ def finish(failed):
     return 1 if failed else 0
 
 
-def keep(truth, prediction):
+def identity(truth, prediction):
     return truth, prediction
 
 
-def answer(truth, image, probabilities, crf):
+def refine_labels(truth, image, probabilities, crf):
     """-> truth, prediction: (H, W) uint8."""
     return truth, most_probable(image, probabilities, crf)
 
@@ -821,29 +821,29 @@ def evaluate(args):
     truths = [truth_path(voc, name, args.against) for name in ids]
     require(truths, "label" if args.against else "truth")
     require_a_class(truths)
-    noisy = [(args.noisy_labels or voc) / kind for kind in ("BoxMasks", "GrabCutMasks")]
+    noisy = [(args.pseudo_label_dir or voc) / kind for kind in ("BoxMasks", "GrabCutMasks")]
     for folder in filter(None, (args.labels, args.against, *noisy * bool(args.pictures or args.attention))):
         check_classes(folder, names)
     given = [args.labels, args.against, args.list, *args.trimap_add, args.checkpoint and Path(args.checkpoint)]
     kinds = "JPEGImages SegmentationClass SegmentationClassAug BoxMasks GrabCutMasks class_names.txt".split()
     kinds += [f"ImageSets/Segmentation/{args.split or 'val'}.txt"]
     keep_apart([args.save_png, args.pictures, args.attention, args.affinity, args.json, args.trimap_plot],
-               given + [base / kind for base in filter(None, (voc, args.noisy_labels)) for kind in kinds])
+               given + [base / kind for base in filter(None, (voc, args.pseudo_label_dir)) for kind in kinds])
 
     def read_labels(name):                                                          # truth and label PNG: (H, W) uint8
         truth = read_label(truth_path(voc, name, args.against), None, len(names))
         kind = read_label if args.against else read_prediction
         return truth, kind(args.labels / f"{name}.png", truth.shape, len(names))
 
-    def read_picture(name):                                                         # truth, (H, W, 3) uint8
+    def read_image_and_truth(name):                                                         # truth, (H, W, 3) uint8
         image = read_image(image_path(voc, name))
         return read_label(truth_path(voc, name), image.shape[:2], len(names)), image
 
-    def ask(truth, image):                                                          # and (C, H, W)
+    def add_probabilities(truth, image):                                                          # and (C, H, W)
         return truth, image, class_probabilities(network, image, args)
 
-    read, prepare, work = ((read_labels, keep, keep) if network is None else
-                           (read_picture, ask, functools.partial(answer, crf=args.crf)))
+    read, prepare, work = ((read_labels, identity, identity) if network is None else
+                           (read_image_and_truth, add_probabilities, functools.partial(refine_labels, crf=args.crf)))
     workers = args.workers if args.crf and args.device.type == "cpu" else 0
     if args.crf_search:
         results = in_order(ids, read, prepare, functools.partial(try_crfs, grid=crf_grid(args)), workers)
@@ -949,10 +949,10 @@ SUFFIXES = *ENDINGS, ".gif", ".ppm"
 
 
 def predict_folder(args):
-    """A folder of plain pictures without truth: label PNGs in --out, pictures under their labels in --out/overlay; all
+    """A folder of plain images without truth: label PNGs in --out, images under their labels in --out/overlay; all
     are made anew, since those that are there may be another network's."""
     if not args.images.is_dir():
-        raise BadInput(f"no folder {args.images}: --images wants a folder of pictures")
+        raise BadInput(f"no folder {args.images}: --images wants a folder of images")
     network, names = load_checkpoint(args.checkpoint, args.device)
     args.crf = crf_options(network, args)
     if args.list:                                       # e.g. VOC's test images, all of which lie in JPEGImages
@@ -966,7 +966,7 @@ def predict_folder(args):
             if paths[path.stem] != path:
                 raise BadInput(f"{path}: {paths[path.stem].name} would get the same label {path.stem}.png: rename one")
     if not paths:
-        raise BadInput(f"no pictures in {args.images}: wanted {' '.join(SUFFIXES)}")
+        raise BadInput(f"no images in {args.images}: expected {' '.join(SUFFIXES)}")
     keep_apart([args.out, args.out / "overlay"], [args.images])
 
     failed = []
@@ -978,7 +978,7 @@ def predict_folder(args):
             report(error)
             failed.append(path.name)
             if len(failed) == len(paths) and not isinstance(error, BadInput):
-                raise                                   # a fault of all is no fault of the pictures
+                raise                                   # a fault of all is no fault of the images
             continue
         write_label(args.out / f"{name}.png", labels)
         panels = side_by_side({path.name: image, "prediction": overlay(image, labels)})
@@ -1010,7 +1010,7 @@ def main(argv):
         "with the parameters for a vgg16 or a resnet101 (ours: that which is more like the network)")
     add("--crf-w", type=float, metavar="W", help="weight of the kernel that knows colours, instead of the preset's")
     add("--crf-xy", type=float, metavar="PIXELS", help="how far it reaches")
-    add("--crf-rgb", type=float, metavar="STEPS", help="how unlike, of 256 steps, colours may be")
+    add("--crf-rgb", type=float, metavar="SD", help="colour standard deviation, 0-255")
     add("--crf-iterations", type=int, default=10, metavar="N", help="of the mean field (ours: %(default)s)")
     add("--crf-backend", default="torch", choices=["torch", "pydensecrf"], help="(ours: %(default)s)")
     add("--crf-search", type=int, nargs="?", const=100, metavar="N", help="score a grid of parameters on N random "
@@ -1030,7 +1030,7 @@ def main(argv):
         "affinity (Eq. 9) of each to all others, as heat over the image")
     add("--pixels", type=int, nargs=4, metavar=("X", "Y", "X", "Y"), help="which two, from the upper left corner, 0 0 "
         "(ours: deepest within the class predicted for most pixels but background, and deepest in the background)")
-    add("--noisy-labels", type=Path, metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ lie, for the pictures "
+    add("--pseudo-label-dir", type=Path, metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ lie, for the figures "
         "(default: in --data)")
 
     add = parser.add_argument_group("trimap: mIoU near boundaries of the truth and away from them").add_argument
@@ -1040,8 +1040,8 @@ def main(argv):
     add("--trimap-add", type=Path, nargs="+", default=[], metavar="JSON", help="draw other runs' curves too, from what "
         "--trimap --json wrote of them")
 
-    add = parser.add_argument_group("plain pictures, without truth").add_argument
-    add("--images", type=Path, metavar="DIR", help="label all pictures of this folder (with --list: only those), "
+    add = parser.add_argument_group("plain images, without truth").add_argument
+    add("--images", type=Path, metavar="DIR", help="label all images of this folder (with --list: only those), "
         "e.g. VOC's test set; needs --checkpoint and --out")
     add("--out", type=Path, metavar="DIR", help="gets <name>.png, and overlay/<name>.jpg to look at")
 

@@ -62,7 +62,7 @@ def find_voc(data):
     for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
         if (folder / "JPEGImages").is_dir():
             return folder
-    raise BadInput(f"no VOC data in {data}: wanted {data}/VOC2012/JPEGImages")
+    raise BadInput(f"no VOC data in {data}: expected {data}/VOC2012/JPEGImages")
 
 
 def read_text(path):
@@ -83,7 +83,7 @@ def read_names(path):
     """A file of class names, one a line, background first -> list."""
     names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
     if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
-        raise BadInput(f"{path}: wanted 2 to 255 different names, one a line, background first")
+        raise BadInput(f"{path}: expected 2 to 255 different names, one a line, background first")
     return names
 
 
@@ -95,21 +95,21 @@ def class_names(voc):
 
 
 # ==== shared block "ids of images": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
-ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"  # of pictures, in small letters or in capitals
+ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"  # of images, in small letters or in capitals
 
 
 def image_id(text, where):
-    """What a list calls an image -> its id: the picture's path below JPEGImages without its ending, as in day1/a."""
+    """What a list calls an image -> its id: the image's path below JPEGImages without its ending, as in day1/a."""
     endings, name = "|".join(ENDINGS).replace(".", r"\."), text
     if columns := re.fullmatch(rf"(.+?)({endings})\s+(.*[/\\])?(.+)\.(png|xml)", name, re.I):  # DeepLab's lists
         name = columns[1]
         if re.split(r"[/\\]", name)[-1] != columns[4]:
-            raise BadInput(f"{where}: {text[:99]!r} are two names: wanted one image a line")
+            raise BadInput(f"{where}: {text[:99]!r} are two names: expected one image a line")
     name = re.sub(r"^(\./)?(/?((VOCdevkit/)?VOC2012/)?JPEGImages/)?", "", name.replace("\\", "/"))
     parts = re.sub(rf"({endings})$", "", name, flags=re.I).split("/")
     long = max(len(part.encode("utf-8", "replace")) for part in parts) > 230  # with an ending too long for a file name
     if long or {"", ".", ".."} & set(parts) or parts[0][1:2] == ":":
-        raise BadInput(f"{where}: {text[:99]!r} is no id: wanted a picture's name, or its path below JPEGImages")
+        raise BadInput(f"{where}: {text[:99]!r} is no id: expected an image's name, or its path below JPEGImages")
     return "/".join(parts)
 
 
@@ -124,12 +124,12 @@ def read_list(path):
                        "lines that you want, and only their ids")
     ids = [image_id(line, path) for line in lines]
     if not ids or len(set(ids)) < len(ids):
-        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": wanted one id a line")
+        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": expected one id a line")
     return ids
 
 
 def find_image(folder, name):
-    """The picture of an id, whatever its ending (where there is none, what .jpg would be called). Two are refused."""
+    """The image of an id, whatever its ending (where there is none, what .jpg would be called). Two are refused."""
     paths = [Path(folder) / f"{name}{ending}" for small in ENDINGS for ending in (small, small.upper())]
     found = [path for path in paths if path.is_file()] or paths[:1]
     for other in found[1:]:
@@ -139,7 +139,7 @@ def find_image(folder, name):
 # ==== end of shared block
 
 
-# ==== shared block "a picture": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
+# ==== shared block "an image": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
 UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
                           "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
 
@@ -160,7 +160,7 @@ def orientation(exif):
 
 
 def read_image(path):
-    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
+    """An image file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
     try:
         with Image.open(path) as file:
             file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
@@ -199,7 +199,7 @@ def read_label(path, size=None, num_classes=None):
     except Exception as error:  # broken bytes make decoders raise nearly anything
         raise BadInput(f"{path}: not a readable PNG ({' '.join(str(error).split())}): make it again") from None
     if mode not in ("P", "L", "1"):
-        raise BadInput(f"{path}: a {mode} picture, not class indices: save it as an 8-bit palette PNG")
+        raise BadInput(f"{path}: a {mode} image, not class indices: save it as an 8-bit palette PNG")
     if mode != "P" and depth in ("1", "2", "4"):
         labels //= 255 // (2 ** int(depth) - 1)  # Pillow has spread them over 0..255
     colours, classes = voc_palette(), [*range(num_classes or 21), 255]
@@ -225,7 +225,7 @@ def require_a_class(paths):
     except BadInput:
         return  # it is reported with its image
     if count:
-        raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' "
+        raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): expected classes' "
                        "indices (255 is ignored: in masks of 0 and 255 replace it by the class's index)")
 
 
@@ -256,7 +256,7 @@ def writing(path):
 
 
 def read_source(folder):
-    """A folder of candidates or labels -> its source.json: {"images": Path of the folder of its pictures,
+    """A folder of candidates or labels -> its source.json: {"images": Path of the folder of its images,
     "class_names", "method", and what else they depend on}."""
     path = Path(folder) / "source.json"
     if not path.is_file():
@@ -289,18 +289,18 @@ def keep_apart(outputs, inputs):
 
 # ==== shared block "boxes of an annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
 def check_size(said, size, where):
-    """What an annotation says of its picture's size, (width, height), against the picture's own (H, W)."""
+    """What an annotation says of its image's size, (width, height), against the image's own (H, W)."""
     try:
         said = [float(number or 0) for number in said]
     except (TypeError, ValueError):  # "null", "unknown": nothing is said
         return
-    # Off by one is let pass: some tools that wrote VOC files round a resized picture's size up, others down, or take
+    # Off by one is let pass: some tools that wrote VOC files round a resized image's size up, others down, or take
     # the last pixel's number for it; such boxes are off by a pixel at most. 0 and nothing are what others write.
     if any(number > 0 and abs(number - pixels) > 1 for number, pixels in zip(said, size[::-1])):
         turned = abs(said[0] - size[0]) <= 1 and abs(said[1] - size[1]) <= 1
-        raise BadInput(f"{where}: says {said[0]:g}x{said[1]:g}, but the picture is {size[1]}x{size[0]}: " + (
+        raise BadInput(f"{where}: says {said[0]:g}x{said[1]:g}, but the image is {size[1]}x{size[0]}: " + (
             "if EXIF turns it and the boxes do not, take the orientation out (exiftool -Orientation= FILE), otherwise "
-            "correct the size" if turned else "annotate it as it is, or put back the picture that was annotated"))
+            "correct the size" if turned else "annotate it as it is, or put back the image that was annotated"))
 
 
 def clip_box(corners, size, where):
@@ -327,7 +327,7 @@ def read_boxes(xml_path, names, size):
     """A VOC annotation -> boxes (K, 4) int32 x0, y0, x1, y1 (0-based, half-open, clipped) and classes (K,) uint8.
 
     names: class_names(...), background first; size: (H, W) of the image, None: unknown. VOC's corners are 1-based and
-    inclusive, some are floats. Objects marked difficult are kept: they are there in the picture. Raises BadInput.
+    inclusive, some are floats. Objects marked difficult are kept: they are there in the image. Raises BadInput.
     """
     try:
         root = ElementTree.parse(xml_path).getroot()
@@ -360,7 +360,7 @@ def read_boxes(xml_path, names, size):
         except (AttributeError, ValueError, OverflowError):
             raise BadInput(f"{xml_path}: a {name} without xmin, ymin, xmax, ymax in its bndbox: fix it") from None
         if max(corners) <= 1 and min(corners) < 1:
-            raise BadInput(f"{xml_path}: the box {corners} lies in 0..1, as a share of the picture: wanted pixels")
+            raise BadInput(f"{xml_path}: the box {corners} lies in 0..1, as a share of the image: expected pixels")
         boxes.append(clip_box((xmin - 1, ymin - 1, xmax, ymax), size or (2 ** 31 - 1,) * 2, xml_path))
         classes.append(names.index(name))
     return np.array(boxes, np.int32).reshape(-1, 4), np.array(classes, np.uint8)
@@ -407,7 +407,7 @@ def box_mask(boxes, classes, size):
 # the other sheep, and a background model that has learnt sheep finds no sheep.
 # PAPER SILENT: the colour space; CIELAB, where equal distances look about equally different.
 # PAPER SILENT: the resolution GrabCut works at; a box and margin of more than 240 x 240 pixels' area are scaled down to
-# that, which is faster on VOC's pictures and scores the same, and one more iteration at full size then moves the
+# that, which is faster on VOC's images and scores the same, and one more iteration at full size then moves the
 # boundary. Much smaller would lose objects: GrabCut weighs a sum over the area (colour) against one
 # over the boundary (smoothness), and the fewer pixels there are, the more the boundary counts.
 # PAPER SILENT: what to do where GrabCut loses the object; an iteration that leaves less than 15 % of the box is taken
@@ -538,7 +538,7 @@ def grabcut_mask(image, boxes, classes, share=True, **options):
 # ---------------------------------------------------------------- labels for a list of images
 # ==== shared block "a folder of one make": equal to the byte in grabcut_labels.py and mcg_candidates.py
 def claim_folder(folder, images, names, method, **more):
-    """Makes the folder and its source.json; a folder of other pictures, classes, method or anything else that its files
+    """Makes the folder and its source.json; a folder of other images, classes, method or anything else that its files
     depend on (more) is refused."""
     def from_there(path):
         try:
@@ -550,8 +550,8 @@ def claim_folder(folder, images, names, method, **more):
     source = {"images": from_there(images), "class_names": list(names), "method": method, **more}
     path = Path(folder) / "source.json"
     there = read_source(folder) if path.exists() else None
-    # A source.json that names pictures which are not there came along when the folder was copied here, as are parts
-    # that several machines have made: the pictures are ours, the rest has to agree.
+    # A source.json that names images which are not there came along when the folder was copied here, as are parts
+    # that several machines have made: the images are ours, the rest has to agree.
     moved = there and not there["images"].is_dir()
     if there:
         there["images"] = source["images"] if moved else from_there(there["images"])
@@ -789,7 +789,7 @@ def class_fill_rates(voc, ids, out=None):
 
 
 def draw_fill_rates(table):
-    """A picture like Fig. 2, (H, W, 3) uint8 RGB: per class a row, how its images' filling rates spread."""
+    """A figure like Fig. 2, (H, W, 3) uint8 RGB: per class a row, how its images' filling rates spread."""
     names = [name for name, row in table["classes"].items() if row["images"]]
     left, step, plot, bins = 190, 44, 800, 40
     canvas = np.full((len(names) * step + 110, left + plot + 210, 3), 255, np.uint8)
@@ -820,9 +820,9 @@ def draw_fill_rates(table):
     return canvas
 
 
-# ---------------------------------------------------------------- one picture
+# ---------------------------------------------------------------- one image
 def show_mask(path, corners, out=None, **options):
-    """GrabCut on one box of a file -> path of a picture (image | mask | object), filling rate, why the box stayed."""
+    """GrabCut on one box of a file -> path of an image (image | mask | object), filling rate, why the box stayed."""
     image = read_image(path)
     box = x0, y0, x1, y1 = clip_box(corners, image.shape[:2], path)
     mask, why = grabcut(image, box, **options)
@@ -867,7 +867,7 @@ def tidy_names(names, where):
     """Class names with single spaces; refused unless they are 1 to 254 different printable ones."""
     names = [" ".join(str(name).split()) for name in names]
     if not 1 <= len(names) <= 254 or len(set(names)) < len(names) or not all(n and n.isprintable() for n in names):
-        raise BadInput(f"{where}: wanted 1 to 254 different class names, got {', '.join(map(repr, names)) or 'none'}")
+        raise BadInput(f"{where}: expected 1 to 254 different class names, got {', '.join(map(repr, names)) or 'none'}")
     return names
 
 
@@ -952,7 +952,7 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
                     entries[image][2].extend([(name, *corners)] if corners else [])
                     notes["annotations without a box left out"] += not corners
                 except (TypeError, ValueError):
-                    bad[image] = f"{file.name} has the box {thing['bbox']}: wanted x, y, width, height: fix it"
+                    bad[image] = f"{file.name} has the box {thing['bbox']}: expected x, y, width, height: fix it"
         for key, (name, size, boxes) in entries.items():
             beside = lambda path: (folder / path).is_relative_to(os.path.abspath(file.parent))
             which = locate(name, by_name.get(re.split(r"[\\/]", name)[-1], []), beside, split)
@@ -961,7 +961,7 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
                 failed[name] = (f"may be {' or '.join(map(str, which))}: rename them" if which else
                                 f"{file.name} names it, but it is not in {folder}: add it")
             elif key in bad or boxes and max(max(corners) for _, *corners in boxes) <= 1:
-                failed[str(which[0])] = bad.get(key) or f"{file.name} has boxes from 0 to 1: wanted pixels"
+                failed[str(which[0])] = bad.get(key) or f"{file.name} has boxes from 0 to 1: expected pixels"
             else:
                 found.append((which[0], split or split_of(which[0].parts[:-1]), size, boxes))
     notes["images left out that no JSON names"] += len(set(images) - named)
@@ -1025,7 +1025,7 @@ def yolo_boxes(path, names, keypoints=False):
             row = []
         row = row[:4] if keypoints else row
         if len(row) < 4:
-            raise BadInput(f"{path}, line {number}: wanted class, x, y, width, height, all of them numbers: fix it")
+            raise BadInput(f"{path}, line {number}: expected class, x, y, width, height, all of them numbers: fix it")
         if kind not in range(len(names)):
             raise BadInput(f"{path}, line {number}: class {kind:g}, but the names are of 0 to {len(names) - 1}")
         if not all(-0.5 <= part <= 1.5 for part in row):  # NaN, too
@@ -1095,7 +1095,7 @@ def fit_boxes(path, stated, boxes):
     with contextlib.suppress(Exception), Image.open(path) as file:  # odd EXIF, as in read_image
         turn, stored = file.getexif().get(0x0112, 1), file.size
     if not all(says is None or isinstance(says, (int, float)) for says in stated):
-        raise BadInput(f"{stated} in the JSON for its width and height: wanted numbers")
+        raise BadInput(f"{stated} in the JSON for its width and height: expected numbers")
     if agrees((width, height)):
         unclear = turn in range(2, 9) and agrees(stored)
         notes["images turned by EXIF, perhaps not as their boxes were drawn: look at some"] += unclear
@@ -1198,7 +1198,7 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
     voc = Path(data) if Path(data).name == "VOC2012" else Path(data) / "VOC2012"
     folder, notes, failed = Path(os.path.abspath(images)), Counter(), {}
     if not folder.is_dir():
-        raise BadInput(f"no folder --images {images}: wanted the images that were annotated")
+        raise BadInput(f"no folder --images {images}: expected the images that were annotated")
     files = [path for path in files_below(folder) if path.suffix.lower() in ENDINGS
              and not (folder / path).is_relative_to(os.path.abspath(voc))]
     if coco:
@@ -1248,7 +1248,7 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
 
 
 def draw_sheet(voc, ids, folders, path, annotated=True):
-    """What to look at before training, as one picture at path: a row for each id, image with its boxes | B | M."""
+    """What to look at before training, as one image at path: a row for each id, image with its boxes | B | M."""
     names, rows = class_names(voc), []
     for image_id in ids:
         image = read_image(find_image(Path(voc) / "JPEGImages", image_id))
@@ -1286,7 +1286,7 @@ def parse_arguments():
     add("--workers", type=int, metavar="N", help="images cut at a time, each on one core (default: as many as cores); "
         "each takes about 0.2 GB a million pixels of its largest box")
     add("--fill-rates", metavar="NAME", help="also write the filling rates (Eq. 7) of images and classes to NAME.json, "
-        "and a picture like Fig. 2 to NAME.png")
+        "and a figure like Fig. 2 to NAME.png")
     cut = parser.add_argument_group("GrabCut (one run per box: paper)")
     cut.add_argument("--iterations", type=int, default=5, help="at most so many fits and cuts (default: 5, ours)")
     cut.add_argument("--margin", type=float, default=0.1, help="what the background's colours are learnt from: so much "
@@ -1319,7 +1319,7 @@ def parse_arguments():
     own.add_argument("--crowds", action="store_true", help="take COCO's boxes with iscrowd 1, too")
     own.add_argument("--show", type=int, metavar="N", help="write sheet.png beside BoxMasks/: N images with their "
                      "boxes, B and M (default: 12 for --coco and --yolo, otherwise 0)")
-    one = parser.add_argument_group("one picture")
+    one = parser.add_argument_group("one image")
     one.add_argument("--image", metavar="FILE", help="show the mask of one box: writes FILE_grabcut.png beside it")
     one.add_argument("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="its pixels, from 0, X1 and Y1 "
                      "not included")
@@ -1334,9 +1334,9 @@ def parse_arguments():
     if arguments.show is None:
         arguments.show = 12 * own_boxes
     if min(arguments.iterations, 1 if arguments.workers is None else arguments.workers, arguments.working_size - 7) < 1:
-        parser.error("--iterations and --workers of at least 1, --working-size of at least 8 wanted")
+        parser.error("--iterations and --workers of at least 1, --working-size of at least 8 expected")
     if not (0 < arguments.margin < 100 and 0 <= arguments.min_fill <= 1 and 0 <= arguments.score_threshold <= 1):
-        parser.error("--margin above 0, --min-fill and --score-threshold from 0 to 1 wanted")
+        parser.error("--margin above 0, --min-fill and --score-threshold from 0 to 1 expected")
     return arguments
 
 
@@ -1347,7 +1347,7 @@ def take_shard(ids, shard):
         if not 1 <= part <= parts:
             raise ValueError
     except ValueError:
-        raise BadInput(f"--shard {shard}: wanted I/N with I from 1 to N, such as 1/4") from None
+        raise BadInput(f"--shard {shard}: expected I/N with I from 1 to N, such as 1/4") from None
     return ids[part - 1::parts]
 
 

@@ -31,7 +31,7 @@ BoxSup: Exploiting Bounding Boxes to Supervise Convolutional Networks (Dai et al
     E_r     regression_cost()    (K, N)  0 and up            what the network would pay if box k took segment n
     lambda  weight                                           3
 
-BoxSup's Eq. 1, what trains the network, is cross_entropy_loss; the costs are no losses, nothing is derived from them.
+BoxSup's Eq. 1, what trains the network, is cross_entropy_loss; the costs only rank candidates, no gradient flows.
 
 What holds for every loss:
 - 255 means unlabelled (crop padding, VOC's object borders): such a pixel adds to no numerator and to no denominator
@@ -39,7 +39,7 @@ What holds for every loss:
 - A class, image or batch with nothing to sum adds a finite 0 that still carries gradient (distributed training needs
   every parameter to get one).
 - float32 inside whatever comes in, float64 stays float64. Call them outside autocast; inside it the values still hold.
-- No loop over pixels, classes or images, and nothing that makes a GPU wait for the CPU.
+- No loop over pixels, classes or images, and no host-device synchronisation.
 - Each function runs when its source alone, with the losses that it names, is pasted into a file with the two imports
   below.
 """
@@ -48,7 +48,7 @@ import torch.nn.functional as F
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sect. 3.2: boxes and GrabCut masks taken at their word
+# Sect. 3.2: boxes and GrabCut masks treated as correct labels
 # ---------------------------------------------------------------------------------------------------------------------
 
 def cross_entropy_loss(logits, labels):
@@ -185,9 +185,9 @@ def affinity(a, b):
 
 
 def pair_samples(labels, num_classes, fraction=0.1):
-    """How many pixels per class to draw for Eq. 10, so that their pairs are `fraction` of an image's pixel pairs.
+    """How many pixels per class to sample for Eq. 10, so that their pairs are `fraction` of an image's pixel pairs.
 
-    Sect. 4.1: "randomly sampling 10% of pixel pairs". S draws make S^2 pairs, so S = sqrt(fraction) m, shared equally
+    Sect. 4.1: "randomly sampling 10% of pixel pairs". S samples make S^2 pairs, so S = sqrt(fraction) m, shared equally
     by the classes that occur.
 
     labels (N, h, w) -> (N,) int64, at least 1.
@@ -200,20 +200,20 @@ def pair_samples(labels, num_classes, fraction=0.1):
 def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
     """Box2Seg Eq. 10: pixels of one class should have affinity 1, pixels of different classes 0.
 
-        L_A = 1/|pairs|  sum_{i != j}  (A(i, j) - y_j^T y_i)^2         over drawn pixels of one image, mean over images
+        L_A = 1/|pairs|  sum_{i != j}  (A(i, j) - y_j^T y_i)^2         over sampled pixels of an image, mean over images
 
     embeddings (N, d, h, w); targets (N, C, h, w), y: class probabilities, or one-hot M in stage 1; labels (N, h, w),
-    the classes to draw by; num_samples: pixels drawn per class present, background included (an int, or (N,) of
+    the classes to sample by; num_samples: pixels sampled per class present, background included (an int, or (N,) of
     pair_samples); generator: on the device of labels -> scalar.
 
     "To avoid creating large affinity matrices of size m x m, we randomly sample a small fraction of pixel embeddings
-    equally from each class" (Sect. 3.4). Equally: a class with fewer pixels than num_samples has them drawn again, in
-    turn, so a draw is a pixel and its count w_i. Then even the matrix of the drawn pixels need not be: with E the unit
-    embeddings and Y the targets as columns, weighted by w, the squares multiply out to small Gram matrices,
+    equally from each class" (Sect. 3.4). Equally: a class with fewer pixels than num_samples has them sampled again,
+    in turn, so a sample is a pixel and its count w_i. Then even the matrix of the sampled pixels need not be: with E
+    the unit embeddings and Y the targets as columns, weighted by w, the squares multiply out to small Gram matrices,
 
         sum_ij w_i w_j (e_i.e_j - y_i.y_j)^2  =  ||E W E^T||_F^2  -  2 ||E W Y^T||_F^2  +  ||Y W Y^T||_F^2
 
-    of d x d, d x C and C x C. It is the same number, in memory linear in m, and any number of pixels may be drawn.
+    of d x d, d x C and C x C. It is the same number, in memory linear in m, and any number of pixels may be sampled.
     """
     # DEPARTS: Eq. 10 prints a sum over all pairs, whose size would depend on how many pixels are sampled; with lambda_A
     # = 1 beside terms that are means, we take the mean. And a pixel is not paired with itself, where A = 1 always.
@@ -221,7 +221,7 @@ def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
     labels = labels.flatten(1).long()                                                             # (N, m)
     if torch.is_tensor(num_samples):
         num_samples = num_samples.view(-1, 1)
-    # Draw: shuffle the pixels within each class, and deal num_samples draws out over their ranks.
+    # Sample: shuffle the pixels within each class, and deal num_samples out over their ranks.
     shuffle = torch.rand(labels.shape, generator=generator, device=labels.device)
     order = (labels + 0.5 * shuffle).argsort(1)  # by class, at random within it (half: 4 + 0.99999999 would round to 5)
     group = labels.gather(1, order)
@@ -239,7 +239,7 @@ def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
         ee, ey, yy = (a * w[:, None] @ b.transpose(1, 2) for a, b in ((e, e), (e, y), (y, y)))
     every_pair = ee.square().sum((1, 2)) - 2 * ey.square().sum((1, 2)) + yy.square().sum((1, 2))
     self_pairs = (w * (e.square().sum(1) - y.square().sum(1))).square().sum(1)
-    share = 1 - w.square().sum(1)  # of pairs i != j: 0 if a single pixel was drawn, else 4/9 or more (weights 2/3, 1/3)
+    share = 1 - w.square().sum(1)  # of pairs i != j: 0 for a single sampled pixel, else 4/9 or more (weights 2/3, 1/3)
     return ((every_pair - self_pairs) * (share > 0.25) / share.clamp(min=0.25)).mean()
 
 
@@ -267,7 +267,7 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
     if lambda_aw:
         terms["L_AW"] = attention_weighted_loss(logits, alpha, box_labels)
         if regularizer not in ("fr", "box"):
-            raise ValueError(f"regularizer {regularizer!r}: wanted 'fr' or 'box'")
+            raise ValueError(f"regularizer {regularizer!r}: expected 'fr' or 'box'")
         terms["L_alpha"] = (fill_rate_loss(alpha, box_labels, mask_labels, gamma) if regularizer == "fr" else
                             attention_box_loss(alpha, box_labels))
         loss = loss + lambda_aw * terms["L_AW"] + lambda_alpha * terms["L_alpha"]
@@ -284,7 +284,7 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The foil of Sect. 2: a hard choice where Box2Seg has a soft one
+# The comparison method of Sect. 2: a hard choice where Box2Seg has a soft one
 # ---------------------------------------------------------------------------------------------------------------------
 
 def filling_rate_loss(logits, box_labels, rates):

@@ -1,5 +1,5 @@
 """
-Pictures to candidate segments: the pool from which BoxSup draws its masks (Dai et al., ICCV 2015, Sect. 4.1).
+Images to candidate segments: the pool from which BoxSup samples its masks (Dai et al., ICCV 2015, Sect. 4.1).
 
     python mcg_candidates.py --data VOCdevkit                              candidates for all of trainaug (or train)
     python mcg_candidates.py --data VOCdevkit --method ss                  ... by Selective Search: Table 3 (gop: GOP)
@@ -10,7 +10,7 @@ Pictures to candidate segments: the pool from which BoxSup draws its masks (Dai 
 
 Reads   VOC2012/JPEGImages/<id>.jpg (or .jpeg, .png, .webp, .bmp, .tif, in capitals, too), Annotations/<id>.xml,
         ImageSets/Segmentation/<split>.txt, class_names.txt if there
-        (or a COCO instances_*.json and its pictures)
+        (or a COCO instances_*.json and its images)
 Writes  VOC2012/Candidates-mcg/<id>.npz (-ss, -gop), 3,500 segments at most, best first, and source.json:
 
     superpixels      (H, W) int32   ids 0..R-1; every segment is a union of superpixels
@@ -18,15 +18,15 @@ Writes  VOC2012/Candidates-mcg/<id>.npz (-ss, -gop), 3,500 segments at most, bes
     candidate_boxes  (N, 4) int32   the segments' tight boxes: x0, y0, x1, y1, 0-based, half-open
     boxes, classes   (K, 4) int32, (K,) uint8   the annotation's, as in grabcut_labels.py
     <id>.png                       with --masks instead of <id>.npz: class index per pixel, as in SegmentationClass
-    source.json      {"images": where the pictures are, from that folder on; "class_names": [...]; "method": ...;
+    source.json      {"images": where the images are, from that folder on; "class_names": [...]; "method": ...;
                      "boxes": "Annotations" or the JSON's name; "max_candidates": ...}: a run with others is refused
 
 A segment has no class yet: which one a box takes is the training's affair (train_boxsup.py, Eq. 2 to 4). The segments
 come from the pixels alone. No learned model is shipped: the published MCG reads contours from a structured forest and
 ranks by a random forest, and the published GOP learns its seeds, all trained on masks; here contours, ranks and seeds
-follow from the picture by rule. What exists is kept: a second run makes only what is missing, so a run may be
+follow from the image by rule. What exists is kept: a second run makes only what is missing, so a run may be
 interrupted at any time. Delete the folder to make it anew. Expect 1.2 s (mcg), 1.1 s (ss), 0.3 s (gop) of one core
-and about 100 KB for a picture of VOC's size.
+and about 100 KB for an image of VOC's size.
 """
 import argparse
 import contextlib
@@ -69,7 +69,7 @@ def find_voc(data):
     for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
         if (folder / "JPEGImages").is_dir():
             return folder
-    raise BadInput(f"no VOC data in {data}: wanted {data}/VOC2012/JPEGImages")
+    raise BadInput(f"no VOC data in {data}: expected {data}/VOC2012/JPEGImages")
 
 
 def read_text(path):
@@ -90,7 +90,7 @@ def read_names(path):
     """A file of class names, one a line, background first -> list."""
     names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
     if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
-        raise BadInput(f"{path}: wanted 2 to 255 different names, one a line, background first")
+        raise BadInput(f"{path}: expected 2 to 255 different names, one a line, background first")
     return names
 
 
@@ -102,21 +102,21 @@ def class_names(voc):
 
 
 # ==== shared block "ids of images": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
-ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"  # of pictures, in small letters or in capitals
+ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"  # of images, in small letters or in capitals
 
 
 def image_id(text, where):
-    """What a list calls an image -> its id: the picture's path below JPEGImages without its ending, as in day1/a."""
+    """What a list calls an image -> its id: the image's path below JPEGImages without its ending, as in day1/a."""
     endings, name = "|".join(ENDINGS).replace(".", r"\."), text
     if columns := re.fullmatch(rf"(.+?)({endings})\s+(.*[/\\])?(.+)\.(png|xml)", name, re.I):  # DeepLab's lists
         name = columns[1]
         if re.split(r"[/\\]", name)[-1] != columns[4]:
-            raise BadInput(f"{where}: {text[:99]!r} are two names: wanted one image a line")
+            raise BadInput(f"{where}: {text[:99]!r} are two names: expected one image a line")
     name = re.sub(r"^(\./)?(/?((VOCdevkit/)?VOC2012/)?JPEGImages/)?", "", name.replace("\\", "/"))
     parts = re.sub(rf"({endings})$", "", name, flags=re.I).split("/")
     long = max(len(part.encode("utf-8", "replace")) for part in parts) > 230  # with an ending too long for a file name
     if long or {"", ".", ".."} & set(parts) or parts[0][1:2] == ":":
-        raise BadInput(f"{where}: {text[:99]!r} is no id: wanted a picture's name, or its path below JPEGImages")
+        raise BadInput(f"{where}: {text[:99]!r} is no id: expected an image's name, or its path below JPEGImages")
     return "/".join(parts)
 
 
@@ -131,12 +131,12 @@ def read_list(path):
                        "lines that you want, and only their ids")
     ids = [image_id(line, path) for line in lines]
     if not ids or len(set(ids)) < len(ids):
-        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": wanted one id a line")
+        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": expected one id a line")
     return ids
 
 
 def find_image(folder, name):
-    """The picture of an id, whatever its ending (where there is none, what .jpg would be called). Two are refused."""
+    """The image of an id, whatever its ending (where there is none, what .jpg would be called). Two are refused."""
     paths = [Path(folder) / f"{name}{ending}" for small in ENDINGS for ending in (small, small.upper())]
     found = [path for path in paths if path.is_file()] or paths[:1]
     for other in found[1:]:
@@ -146,7 +146,7 @@ def find_image(folder, name):
 # ==== end of shared block
 
 
-# ==== shared block "a picture": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
+# ==== shared block "an image": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
 UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
                           "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
 
@@ -167,7 +167,7 @@ def orientation(exif):
 
 
 def read_image(path):
-    """A picture file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
+    """An image file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
     try:
         with Image.open(path) as file:
             file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
@@ -206,7 +206,7 @@ def read_label(path, size=None, num_classes=None):
     except Exception as error:  # broken bytes make decoders raise nearly anything
         raise BadInput(f"{path}: not a readable PNG ({' '.join(str(error).split())}): make it again") from None
     if mode not in ("P", "L", "1"):
-        raise BadInput(f"{path}: a {mode} picture, not class indices: save it as an 8-bit palette PNG")
+        raise BadInput(f"{path}: a {mode} image, not class indices: save it as an 8-bit palette PNG")
     if mode != "P" and depth in ("1", "2", "4"):
         labels //= 255 // (2 ** int(depth) - 1)  # Pillow has spread them over 0..255
     colours, classes = voc_palette(), [*range(num_classes or 21), 255]
@@ -232,7 +232,7 @@ def require_a_class(paths):
     except BadInput:
         return  # it is reported with its image
     if count:
-        raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): wanted classes' "
+        raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): expected classes' "
                        "indices (255 is ignored: in masks of 0 and 255 replace it by the class's index)")
 
 
@@ -263,7 +263,7 @@ def writing(path):
 
 
 def read_source(folder):
-    """A folder of candidates or labels -> its source.json: {"images": Path of the folder of its pictures,
+    """A folder of candidates or labels -> its source.json: {"images": Path of the folder of its images,
     "class_names", "method", and what else they depend on}."""
     path = Path(folder) / "source.json"
     if not path.is_file():
@@ -296,18 +296,18 @@ def keep_apart(outputs, inputs):
 
 # ==== shared block "boxes of an annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
 def check_size(said, size, where):
-    """What an annotation says of its picture's size, (width, height), against the picture's own (H, W)."""
+    """What an annotation says of its image's size, (width, height), against the image's own (H, W)."""
     try:
         said = [float(number or 0) for number in said]
     except (TypeError, ValueError):  # "null", "unknown": nothing is said
         return
-    # Off by one is let pass: some tools that wrote VOC files round a resized picture's size up, others down, or take
+    # Off by one is let pass: some tools that wrote VOC files round a resized image's size up, others down, or take
     # the last pixel's number for it; such boxes are off by a pixel at most. 0 and nothing are what others write.
     if any(number > 0 and abs(number - pixels) > 1 for number, pixels in zip(said, size[::-1])):
         turned = abs(said[0] - size[0]) <= 1 and abs(said[1] - size[1]) <= 1
-        raise BadInput(f"{where}: says {said[0]:g}x{said[1]:g}, but the picture is {size[1]}x{size[0]}: " + (
+        raise BadInput(f"{where}: says {said[0]:g}x{said[1]:g}, but the image is {size[1]}x{size[0]}: " + (
             "if EXIF turns it and the boxes do not, take the orientation out (exiftool -Orientation= FILE), otherwise "
-            "correct the size" if turned else "annotate it as it is, or put back the picture that was annotated"))
+            "correct the size" if turned else "annotate it as it is, or put back the image that was annotated"))
 
 
 def clip_box(corners, size, where):
@@ -334,7 +334,7 @@ def read_boxes(xml_path, names, size):
     """A VOC annotation -> boxes (K, 4) int32 x0, y0, x1, y1 (0-based, half-open, clipped) and classes (K,) uint8.
 
     names: class_names(...), background first; size: (H, W) of the image, None: unknown. VOC's corners are 1-based and
-    inclusive, some are floats. Objects marked difficult are kept: they are there in the picture. Raises BadInput.
+    inclusive, some are floats. Objects marked difficult are kept: they are there in the image. Raises BadInput.
     """
     try:
         root = ElementTree.parse(xml_path).getroot()
@@ -367,7 +367,7 @@ def read_boxes(xml_path, names, size):
         except (AttributeError, ValueError, OverflowError):
             raise BadInput(f"{xml_path}: a {name} without xmin, ymin, xmax, ymax in its bndbox: fix it") from None
         if max(corners) <= 1 and min(corners) < 1:
-            raise BadInput(f"{xml_path}: the box {corners} lies in 0..1, as a share of the picture: wanted pixels")
+            raise BadInput(f"{xml_path}: the box {corners} lies in 0..1, as a share of the image: expected pixels")
         boxes.append(clip_box((xmin - 1, ymin - 1, xmax, ymax), size or (2 ** 31 - 1,) * 2, xml_path))
         classes.append(names.index(name))
     return np.array(boxes, np.int32).reshape(-1, 4), np.array(classes, np.uint8)
@@ -410,11 +410,11 @@ def box_mask(boxes, classes, size):
 # scales, a tree of regions from each, and small groups of neighbouring regions from each tree. Its two learned parts
 # are not shipped, since both were trained on masks: its contours come from a structured forest, its ranking from a
 # random forest. Here contours are distances of local histograms, as in gPb (Arbelaez et al., PAMI 2011), and the
-# ranking is the place in the tree, from its root down. The constants are ours, chosen on some 50 pictures of VOC's
+# ranking is the place in the tree, from its root down. The constants are ours, chosen on some 50 images of VOC's
 # train by the measures of tests/candidate_quality.py, where most of them make little difference.
-SCALES = 1, 2, 4                              # contours are computed on the picture and on reductions by 2 and 4
+SCALES = 1, 2, 4                              # contours are computed on the image and on reductions by 2 and 4
 SHORTEST_SIDE = 64                            # pixels; a reduction that leaves less is not used: contours would wander
-WORKING_AREA = 250_000                        # pixels; a larger picture is reduced to this (VOC's never are)
+WORKING_AREA = 250_000                        # pixels; a larger image is reduced to this (VOC's never are)
 SIGMA, OFFSET = 2.0, 3.0                      # pixels: the windows compared on the two sides of a contour
 BINS, WIDTHS, MIDDLES = (8, 8, 8), (14, 9, 9), (50, 0, 0)           # histograms of L, a, b, in units of Lab
 TEXTURE, FAINT = 1.0, 8.0                     # weight of the orientation histogram; slope of L that is half an edge
@@ -422,7 +422,7 @@ GRID, TILT = 9, 0.004                         # pixels: superpixels of even size
 MOST_SUPERPIXELS = 2500
 EIGENVECTORS, SPREAD, SPECTRAL = 12, 0.1, 0.3    # affinity exp(-strength / SPREAD); share of the spectral strength
 AREA_POWER = 0.1                              # small regions are merged first, however faintly preferred
-ALIVE = 300, 80, 25                           # pairs, triplets, 4-tuples are noted when so few regions are left
+MAX_REGIONS_FOR_GROUPS = 300, 80, 25          # pairs, triplets, 4-tuples are noted when so few regions are left
 LONGEST = 1100                                # at most, of each list (a tree's groups of one size)
 JACCARD = 0.95                                # above: near duplicates
 
@@ -559,7 +559,7 @@ def spectral_strength(arcs, strength, count):
     """(A,) arc strengths -> (A,), of equal mean: the step of each eigenvector across the arc, weighted as in gPb.
 
     A contour with a gap hardly shows in the local strength; the eigenvectors, which are nearly constant on whole parts
-    of the picture, step across the gap as well.
+    of the image, step across the gap as well.
     """
     pairs, length = arcs["pairs"], arcs["length"]
     values, vectors = graph_eigenvectors(pairs, length * np.exp(-strength / SPREAD), count)
@@ -567,7 +567,7 @@ def spectral_strength(arcs, strength, count):
     return steps * (strength @ length) / max(steps @ length, 1e-12)
 
 
-def merge_tree(pairs, strength, length, areas, alive=ALIVE):
+def merge_tree(pairs, strength, length, areas, alive=MAX_REGIONS_FOR_GROUPS):
     """Merges the two neighbours of least strength x min(area) ** AREA_POWER, until one region is left.
 
     pairs (A, 2), strength, length (A,), areas (R,) -> children: R - 1 pairs of nodes (superpixels are the nodes 0..R-1,
@@ -613,9 +613,9 @@ def merge_tree(pairs, strength, length, areas, alive=ALIVE):
 
 
 def fill_holes(members, pairs, border):
-    """(N, R) bool -> the same with holes filled: what the picture's border cannot be reached from without crossing.
+    """(N, R) bool -> the same with holes filled: what the image's border cannot be reached from without crossing.
 
-    border: ids at the picture's border. One flood for all N at once: row r of `outside` has a bit for each segment,
+    border: ids at the image's border. One flood for all N at once: row r of `outside` has a bit for each segment,
     set where superpixel r is known to be outside of it. Sweeps up and down the ids until nothing changes.
     """
     count = len(members)
@@ -707,7 +707,7 @@ def mcg(image, max_candidates=3500):
         superpixels, members = mcg(cv2.resize(image, size, interpolation=cv2.INTER_AREA), max_candidates)
         return cv2.resize(superpixels, (width, height), interpolation=cv2.INTER_NEAREST), members
 
-    # 1. Contours at each scale, and their mean, all at the picture's own size. Superpixels from the mean.
+    # 1. Contours at each scale, and their mean, all at the image's own size. Superpixels from the mean.
     contours = []
     for scale in [scale for scale in SCALES if scale == 1 or min(height, width) >= SHORTEST_SIDE * scale]:
         small = cv2.resize(image, (width // scale, height // scale), interpolation=cv2.INTER_AREA)
@@ -763,7 +763,7 @@ def watershed(image, spacing):
     """One seed in each cell of spacing x spacing pixels, flooded -> (H, W) int32 superpixels, ids 0..R-1.
 
     A seed lies where its cell is smoothest, so that few lie on a contour. OpenCV then floods along the smallest steps.
-    A picture of more than 4,000 such cells gets larger ones.
+    An image of more than 4,000 such cells gets larger ones.
     """
     height, width = image.shape[:2]
     spacing = max(spacing, round((height * width / 4000) ** 0.5))
@@ -866,8 +866,8 @@ def texture_channels(channels):
 def hierarchy(pairs, features, sizes, boxes):
     """Algorithm 1: the two most similar neighbours merge, and so on -> [(i, j), ...]; the n-th makes region R + n.
 
-    pairs: (A, 2); features: (R, D), shares of each histogram, which add up to 1; sizes: (R,) in shares of the picture;
-    boxes: (R, 4), see extents, in units that make the picture's area 1. Similarity (Sect. 3.2):
+    pairs: (A, 2); features: (R, D), shares of each histogram, which add up to 1; sizes: (R,) in shares of the image;
+    boxes: (R, 4), see extents, in units that make the image's area 1. Similarity (Sect. 3.2):
 
         s(i, j) = sum_d min(features_i, features_j) + (1 - size_i - size_j) + (1 - (size of box_ij - size_i - size_j))
                   colour and texture                  size                    fill
@@ -908,7 +908,7 @@ def hierarchy(pairs, features, sizes, boxes):
 
 
 def selective_search(image, max_candidates=3500, spacing=10, scales=(0.01, 0.02)):
-    """-> superpixels (H, W) int32, members (N, R) bool, best first. About 1.1 s and 3,000 of them a VOC picture."""
+    """-> superpixels (H, W) int32, members (N, R) bool, best first. About 1.1 s and 3,000 of them a VOC image."""
     superpixels = watershed(image, spacing)
     sizes = np.bincount(superpixels.ravel()) / superpixels.size                                   # (R,), add up to 1
     boxes = extents(superpixels) / (image.shape[1], image.shape[0], image.shape[1], image.shape[0])
@@ -921,7 +921,7 @@ def selective_search(image, max_candidates=3500, spacing=10, scales=(0.01, 0.02)
     described = [(histograms(space, superpixels, 25), histograms(texture_channels(space), superpixels, 10))
                  for space in spaces]
     random, ranks, found = np.random.default_rng(0), [], []
-    for scale in scales:  # a segment of 1 % of the picture bears a step by 1 or 2 of Lab's units above those inside
+    for scale in scales:  # a segment of 1 % of the image bears a step by 1 or 2 of Lab's units above those inside
         segments = felzenszwalb(pairs, weights, sizes, scale)
         start = np.arange(segments.max() + 1)[:, None] == segments                                # (S, R) bool
         borders = np.sort(segments[pairs], 1)
@@ -961,7 +961,7 @@ def geodesic_distance(near, sources):
 def critical_levels(signed, sizes, number=6, smallest=0.01, largest=0.9):
     """Level sets of a signed distance (R,) that change least when the level does -> up to `number` rows (R,) bool.
 
-    One in each of `number` bands of area (equal steps of its logarithm, in shares of the picture): where the distance
+    One in each of `number` bands of area (equal steps of its logarithm, in shares of the image): where the distance
     leaps most from one superpixel to the next, which is at a contour.
     """
     order = np.argsort(signed, kind="stable")
@@ -977,7 +977,7 @@ def critical_levels(signed, sizes, number=6, smallest=0.01, largest=0.9):
 
 
 def geodesic(image, max_candidates=3500, spacing=14, seeds=80, step=0.3):
-    """-> superpixels (H, W) int32, members (N, R) bool, by seed. About 0.3 s and 2,700 of them a VOC picture."""
+    """-> superpixels (H, W) int32, members (N, R) bool, by seed. About 0.3 s and 2,700 of them a VOC image."""
     superpixels = watershed(image, spacing)
     sizes = np.bincount(superpixels.ravel()) / superpixels.size                                   # (R,), add up to 1
     pairs, weights = superpixel_graph(image, superpixels)
@@ -1032,7 +1032,7 @@ def write_candidates(path, superpixels, members, boxes, classes):
 def read_candidates(path, size=None, num_classes=None):
     """<id>.npz -> {"superpixels", "members" (unpacked: (N, R) bool), "candidate_boxes", "boxes", "classes"}.
 
-    size: (H, W) of the picture it belongs to, num_classes: background included; checked where given. Raises BadInput.
+    size: (H, W) of the image it belongs to, num_classes: background included; checked where given. Raises BadInput.
     """
     kinds = {"superpixels": ("int32", 2), "members": ("uint8", 2), "candidate_boxes": ("int32", 2),
              "boxes": ("int32", 2), "classes": ("uint8", 1)}
@@ -1051,7 +1051,7 @@ def read_candidates(path, size=None, num_classes=None):
         corners = np.concatenate([found["boxes"], found["candidate_boxes"]])
         low, high = corners[:, :2], corners[:, 2:]
         if (low < 0).any() or (low >= high).any() or (high > (width, height)).any():
-            raise ValueError("a box leaves its picture")
+            raise ValueError("a box leaves its image")
     except FileNotFoundError:
         raise BadInput(f"no candidates {path}: make them by mcg_candidates.py") from None
     except Exception as error:  # broken bytes make NumPy raise nearly anything
@@ -1088,10 +1088,10 @@ def read_coco(path, names, masks=False):
     """
     # PAPER SILENT: what COCO's crowd regions count as; as boxes they are left out: one box around many objects, which
     # no segment fits. As masks they are ignored (255): nobody has labelled their pixels one by one.
-    # PAPER SILENT: whether COCO's pictures with none of the classes are trained on, though 123,287 are counted, which
+    # PAPER SILENT: whether COCO's images with none of the classes are trained on, though 123,287 are counted, which
     # is all of them; left out: they hold no box.
     if not Path(path).is_file():
-        raise BadInput(f"no --coco {path}: wanted an instances_*.json of COCO")
+        raise BadInput(f"no --coco {path}: expected an instances_*.json of COCO")
     try:
         coco = json.loads(read_text(path), object_pairs_hook=once)
         categories = [(category["id"], str(category["name"])) for category in coco["categories"]]
@@ -1122,7 +1122,7 @@ def read_coco(path, names, masks=False):
     found, left_out, ids = {}, Counter(), {}
     for image, category, box, outline, crowd in annotations:
         if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
-            raise BadInput(f"{path}: image {image} has the box {box}; wanted x, y, width, height: fix it")
+            raise BadInput(f"{path}: image {image} has the box {box}; expected x, y, width, height: fix it")
         if category not in classes:
             left_out[f"boxes of {name_of[category]}, which is no class here"] += 1
         elif crowd and not masks:
@@ -1134,10 +1134,10 @@ def read_coco(path, names, masks=False):
             file = os.path.basename(file.replace("\\", "/"))  # never a path from inside the JSON
             stem = image_id(file, path)
             if not file.lower().endswith(ENDINGS):
-                raise BadInput(f"{path}: image {image} is {file!r}: wanted a name that ends in {', '.join(ENDINGS)}")
+                raise BadInput(f"{path}: image {image} is {file!r}: expected a name that ends in {', '.join(ENDINGS)}")
             if ids.setdefault(stem, image) != image:
-                raise BadInput(f"{path}: images {ids[stem]} and {image} both have the name {file}, ending apart: rename "
-                               "one")
+                raise BadInput(f"{path}: images {ids[stem]} and {image} both have the name {file}, ending apart: "
+                               "rename one")
             boxes, kinds, _ = found.setdefault(stem, ([], [], size))
             boxes.append(outline if masks else box)
             kinds.append(255 if crowd else classes[category])
@@ -1157,7 +1157,7 @@ def coco_boxes(boxes, size, where):
     corners = []
     for x, y, width, height in boxes:
         if max(x + width, y + height) <= 1:
-            raise BadInput(f"{where}: the box {x} {y} {width} {height} lies in 0..1, as a share of the picture: wanted "
+            raise BadInput(f"{where}: the box {x} {y} {width} {height} lies in 0..1, as a share of the image: expected "
                            "pixels")
         x0, y0, x1, y1 = (int(np.floor(edge + 0.5)) for edge in (x, y, x + width, y + height))
         x0, y0 = x0 - (x < size[1] == x0), y0 - (y < size[0] == y0)  # a sliver in the last column or row
@@ -1174,7 +1174,7 @@ def coco_outline(outline, size):
     """
     if isinstance(outline, dict):
         if list(outline["size"]) != list(size):
-            raise ValueError(f"runs of size {outline['size']}, the picture's is {list(size)}")
+            raise ValueError(f"runs of size {outline['size']}, the image's is {list(size)}")
         counts = np.array(outline["counts"], np.int64)
         return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]).T
     mask = np.zeros(size, bool)
@@ -1199,7 +1199,7 @@ def coco_mask(outlines, classes, size, where):
         found = [coco_outline(outline, size) for outline in outlines]
     except (ValueError, TypeError, KeyError, OverflowError, cv2.error) as error:
         raise BadInput(f"{where}: an outline in the JSON cannot be drawn ({' '.join(str(error).split())}): it wants "
-                       "polygons, or uncompressed runs of the picture's size") from None
+                       "polygons, or uncompressed runs of the image's size") from None
     labels = np.zeros(size, np.uint8)
     for k in sorted(range(len(found)), key=lambda k: (classes[k] != 255, -int(found[k].sum()))):
         labels[found[k]] = classes[k]
@@ -1229,11 +1229,11 @@ def make_candidates(voc, ids, out=None, method="mcg", workers=None, max_candidat
 
 def make_coco_candidates(path, images, out, names=VOC_CLASSES, shard="1/1", method="mcg", workers=None,
                          max_candidates=None):
-    """The same for the pictures of a COCO instances_*.json (path) in the folder images, with the boxes of `names`;
+    """The same for the images of a COCO instances_*.json (path) in the folder images, with the boxes of `names`;
     method "masks": no candidates, but COCO's own masks, as label PNGs."""
     found, notes = read_coco(path, names, method == "masks")
     if not Path(images).is_dir():
-        raise BadInput(f"no folder --images {images}: wanted the pictures that {path} names")
+        raise BadInput(f"no folder --images {images}: expected the images that {path} names")
     ids = take_shard(list(found), shard)
     summary = make_all(Path(out), images, names, ids, found.get, {"boxes": Path(path).name}, method, workers,
                        max_candidates)
@@ -1279,7 +1279,7 @@ def one_core():
 
 # ==== shared block "a folder of one make": equal to the byte in grabcut_labels.py and mcg_candidates.py
 def claim_folder(folder, images, names, method, **more):
-    """Makes the folder and its source.json; a folder of other pictures, classes, method or anything else that its files
+    """Makes the folder and its source.json; a folder of other images, classes, method or anything else that its files
     depend on (more) is refused."""
     def from_there(path):
         try:
@@ -1291,8 +1291,8 @@ def claim_folder(folder, images, names, method, **more):
     source = {"images": from_there(images), "class_names": list(names), "method": method, **more}
     path = Path(folder) / "source.json"
     there = read_source(folder) if path.exists() else None
-    # A source.json that names pictures which are not there came along when the folder was copied here, as are parts
-    # that several machines have made: the pictures are ours, the rest has to agree.
+    # A source.json that names images which are not there came along when the folder was copied here, as are parts
+    # that several machines have made: the images are ours, the rest has to agree.
     moved = there and not there["images"].is_dir()
     if there:
         there["images"] = source["images"] if moved else from_there(there["images"])
@@ -1398,7 +1398,7 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
     return summary
 
 
-# ---------------------------------------------------------------- one picture
+# ---------------------------------------------------------------- one image
 def box_iou(box, others):
     """IoU of one box (4,) with others (N, 4) -> (N,)."""
     (x0, y0, x1, y1), (a0, b0, a1, b1) = box, np.asarray(others, np.int64).reshape(-1, 4).T
@@ -1407,7 +1407,7 @@ def box_iou(box, others):
 
 
 def show_candidates(path, method="mcg", corners=None, out=None, max_candidates=3500):
-    """The picture and its first 15 candidates, or the 15 whose tight box fits a box best -> path of a contact sheet."""
+    """The image and its first 15 candidates, or the 15 whose tight box fits a box best -> path of a contact sheet."""
     image = read_image(path)
     box = None if corners is None else clip_box(corners, image.shape[:2], path)
     superpixels, members = METHODS[method](image, max_candidates)
@@ -1459,12 +1459,12 @@ def parse_arguments():
         "folder, or 3500, ours)")
     coco = parser.add_argument_group("boxes from COCO (paper: Tables 1, 4, 5)")
     coco.add_argument("--coco", metavar="JSON", help="an instances_*.json, instead of --data; needs --images and --out")
-    coco.add_argument("--images", metavar="DIR", help="the pictures that it names")
+    coco.add_argument("--images", metavar="DIR", help="the images that it names")
     coco.add_argument("--masks", action="store_true", help="no candidates: COCO's own masks, as label PNGs (paper: the "
                       "baseline of 68.1 in Table 1)")
     coco.add_argument("--class-names", metavar="FILE", help="one a line, background first, COCO's own names or VOC's; "
                       "other boxes are left out (default: VOC's 20, paper; for PASCAL-Context all 80, paper)")
-    one = parser.add_argument_group("one picture")
+    one = parser.add_argument_group("one image")
     one.add_argument("--image", metavar="FILE", help="show its first candidates: writes FILE_candidates.png beside it")
     one.add_argument("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="rather those whose tight box "
                      "fits this one best; pixels from 0, X1 and Y1 not included")
@@ -1481,7 +1481,7 @@ def parse_arguments():
         parser.error("--images, --masks and --class-names go with --coco")
     if min(1 if arguments.max_candidates is None else arguments.max_candidates,
            1 if arguments.workers is None else arguments.workers) < 1:
-        parser.error("--max-candidates and --workers of at least 1 wanted")
+        parser.error("--max-candidates and --workers of at least 1 expected")
     return arguments
 
 
@@ -1492,7 +1492,7 @@ def take_shard(ids, shard):
         if not 1 <= part <= parts:
             raise ValueError
     except ValueError:
-        raise BadInput(f"--shard {shard}: wanted I/N with I from 1 to N, such as 1/4") from None
+        raise BadInput(f"--shard {shard}: expected I/N with I from 1 to N, such as 1/4") from None
     return ids[part - 1::parts]
 
 
@@ -1507,7 +1507,7 @@ def main():
     options["workers"] = arguments.workers
     if arguments.coco:
         if arguments.class_names and not Path(arguments.class_names).is_file():
-            raise BadInput(f"no --class-names {arguments.class_names}: wanted one name a line, background first")
+            raise BadInput(f"no --class-names {arguments.class_names}: expected one name a line, background first")
         names = read_names(arguments.class_names) if arguments.class_names else VOC_CLASSES
         options["method"] = "masks" if arguments.masks else arguments.method
         print(f"images of {arguments.coco} -> {arguments.out}")

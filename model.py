@@ -114,15 +114,15 @@ class BadInput(ValueError):
 
 def normalize(images):
     """
-    uint8 RGB pictures (N, H, W, 3), 0..255, on any device -> float32 (N, 3, H, W), ImageNet-normalised.
+    uint8 RGB images (N, H, W, 3), 0..255, on any device -> float32 (N, 3, H, W), ImageNet-normalised.
 
-    To be called after the batch has travelled to the device: a uint8 is a quarter of a float. Pictures lie in memory
+    To be called after the batch has travelled to the device: a uint8 is a quarter of a float. Images lie in memory
     pixel by pixel, so the permuted view *is* channels_last, the layout that convolutions like best; it stays so.
     Raises ValueError on anything else than uint8 (N, H, W, 3).
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.numel() == 0:
         got = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape[1:] if images.ndim else ())}"
-        raise ValueError(f"pictures must be RGB, uint8 (height, width, 3) with values 0..255, not {got}")
+        raise ValueError(f"images must be RGB, uint8 (height, width, 3) with values 0..255, not {got}")
     x = images.permute(0, 3, 1, 2).float()                                       # (N, 3, H, W)
     for c in range(3):                        # plain numbers: a tensor of means would make the CPU wait for the GPU
         x[:, c].sub_(255 * MEAN[c]).div_(255 * STD[c])
@@ -362,7 +362,7 @@ class Box2SegNet(nn.Module):
             c4 = e.layer3(c3)                                                    # (N, 1024,  21,  21)
             c5 = e.layer4(c4)                                                    # (N, 2048,  11,  11)
 
-        # pyramid pooling: the whole picture, its quarters, ... seen from every cell
+        # pyramid pooling: the whole image, its quarters, ... seen from every cell
         context = [conv(average_pool(c5, bins)) for bins, conv in zip(BINS, self.pyramid)]   # (N, F, b, b), b in BINS
         context = [c5] + [upsample(c, c5) for c in context]                      # (N, 2048 | F | F | F | F, 11, 11)
         p = self.pyramid_out(torch.cat(context, dim=1))                          # (N, F, 11, 11)
@@ -435,7 +435,7 @@ class DeepLabVGG16(nn.Module):
     mode. Where a cell sits: as in Box2SegNet with 8 in place of 4, labels down and logits up the same way. Here the
     receptive field of cell i is centred where the cell is, between pixels 8i+3 and 8i+4: three poolings of 2x2 cover
     pixels 8i .. 8i+7, and all else pads alike on both sides, a 4x4 kernel with holes of 4, too: it is 3*4 + 1 = 13
-    cells wide, an odd number, and looks at the cells i-6, i-2, i+2, i+6 (LargeFOV: i-12, i, i+12). So a picture of one
+    cells wide, an odd number, and looks at the cells i-6, i-2, i+2, i+6 (LargeFOV: i-12, i, i+12). So an image of one
     or two cells a side, 16 pixels, leaves it nothing but padding.
     """
 
@@ -695,13 +695,13 @@ def load_network(path, device="cpu"):
 
 def predict(model, image, scales=(1.0,), flip=False):
     """
-    Class probabilities of one picture at its own resolution: (C, H, W) float32 on the model's device, sum 1 per pixel.
+    Class probabilities of one image at its own resolution: (C, H, W) float32 on the model's device, sum 1 per pixel.
 
     model   gives logits (1, C, h, w) for normalised images (1, 3, H, W) in eval mode; left in the mode it came in
     image   RGB uint8 (H, W, 3), numpy array or tensor, any size
-    scales  the picture is resized by each of them; flip: and each is seen mirrored too. For every view: logits,
+    scales  the image is resized by each of them; flip: and each is seen mirrored too. For every view: logits,
             upsampled bilinearly to (H, W), softmax; the mean over views. One scale and no flip: the paper's plain test.
-    Raises ValueError on a picture that is not uint8 RGB, on no scale, and on a scale that is not above 0.
+    Raises ValueError on an image that is not uint8 RGB, on no scale, and on a scale that is not above 0.
     """
     # PAPER SILENT: whether Box2Seg's Table 1 uses several scales or mirroring at test. One view by default.
     # DEPARTS: BoxSup averages the score maps of its three scales (Sect. 5.1). We average probabilities: a view with
@@ -831,13 +831,13 @@ def resume_run(args, given, out, may_differ):
 def check_arguments(args, device, out, more):
     """What can be seen to be wrong before any work is done. more: the script's own (is it right?, message) pairs."""
     for ok, message in [
-        (args.crop >= 32, f"--crop {args.crop}: wanted 32 or more"),
-        (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: wanted 0 < MIN <= MAX"),
+        (args.crop >= 32, f"--crop {args.crop}: expected 32 or more"),
+        (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX"),
         (min(args.workers, args.seed, args.clip_norm, args.encoder_lr) >= 0,
          "--workers, --seed, --clip-norm, --encoder-lr: expected 0 or more"),
-        (0 <= args.colour < 1, f"--colour {args.colour}: wanted 0 <= colour < 1"),
-        (min(args.log_every, args.save_every, args.val_every) >= 1, "--log-, --save-, --val-every: wanted 1 or more"),
-        (args.val_scale > 0, f"--val-scale {args.val_scale}: wanted more than 0"),
+        (0 <= args.colour < 1, f"--colour {args.colour}: expected 0 <= colour < 1"),
+        (min(args.log_every, args.save_every, args.val_every) >= 1, "--log-, --save-, --val-every: expected 1 or more"),
+        (args.val_scale > 0, f"--val-scale {args.val_scale}: expected more than 0"),
         (not args.sync_bn or device.type == "cuda", "--sync-bn: PyTorch has it on CUDA only; leave it out"),
         *more,
         (args.resume or not args.init or Path(args.init).resolve().parent != out.resolve(),
@@ -895,7 +895,7 @@ def start_processes(args, device):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
     if args.batch_size % world or args.batch_size // world < 2:
-        raise BadInput(f"--batch-size {args.batch_size}: wanted at least 2 for each of {world} processes, evenly")
+        raise BadInput(f"--batch-size {args.batch_size}: expected at least 2 for each of {world} processes, evenly")
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

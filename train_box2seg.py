@@ -291,12 +291,12 @@ def parse_arguments(argv):
 def check(args, device, out):
     """What can be seen to be wrong before any work is done."""
     check_arguments(args, device, out, [
-        (args.epochs >= 1, f"--epochs {args.epochs}: wanted at least 1"),
+        (args.epochs >= 1, f"--epochs {args.epochs}: expected at least 1"),
         (min(args.pretrain_epochs, args.lambda_aw, args.lambda_alpha, args.lambda_a) >= 0,
-         "--pretrain-epochs, --lambda-*: wanted 0 or more"),
-        (0 < args.pair_fraction <= 1, f"--pair-fraction {args.pair_fraction}: wanted above 0 and at most 1"),
-        (args.embedding_dim >= 1 and (args.width or 1) >= 1, "--embedding-dim, --width: wanted 1 or more"),
-        (0 < args.masks <= 1, f"--masks {args.masks}: wanted a fraction of the images, above 0 and at most 1"),
+         "--pretrain-epochs, --lambda-*: expected 0 or more"),
+        (0 < args.pair_fraction <= 1, f"--pair-fraction {args.pair_fraction}: expected above 0 and at most 1"),
+        (args.embedding_dim >= 1 and (args.width or 1) >= 1, "--embedding-dim, --width: expected 1 or more"),
+        (0 < args.masks <= 1, f"--masks {args.masks}: expected a fraction of the images, above 0 and at most 1"),
         (args.masks == 1 or ROWS[args.loss][0] == "masks", "--masks goes with --loss mask or mask-aw")])
 
 

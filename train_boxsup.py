@@ -216,7 +216,7 @@ def choose(cost, overlaps, top_k, rng):
 
 
 def segments_of(choice, candidates):
-    """What paint() wants: the masks of the candidates chosen, None for -1."""
+    """What paint() takes: the masks of the candidates chosen, None for -1."""
     return [candidates["members"][n][candidates["superpixels"]] if n >= 0 else None for n in choice]
 
 
@@ -478,8 +478,8 @@ def parse_arguments(argv):
         "(paper, semi-supervised: VOC's train.txt)")
     add("--extra", nargs="+", default=[], metavar="DIR", help="candidates of further sets that have boxes only, as "
         "mcg_candidates.py wrote them (paper: VOC 2007, COCO), or COCO's masks (its --masks)")
-    add("--top-k", type=int, default=5, metavar="K", help="draw one of the K cheapest candidates (paper: 5; 1: without "
-        "sampling)")
+    add("--top-k", type=int, default=5, metavar="K", help="sample one of the K cheapest candidates (paper: 5; 1: "
+        "without sampling)")
     add("--warm-up", type=int, metavar="EPOCHS", help="choose by E_o alone for so many epochs, while the network knows "
         "nothing (ours: 1, before any epoch it cannot; with --init 0 may be given; default %(default)s)")
     add("--min-recognized", type=float, default=0.3, metavar="SHARE", help="lambda is 0 for a box of which the network "
@@ -522,10 +522,10 @@ def parse_arguments(argv):
 def check(args, device, out):
     """What can be seen to be wrong before any work is done."""
     check_arguments(args, device, out, [
-        (min(args.epochs, args.lr_drop, args.top_k) >= 1, "--epochs, --lr-drop, --top-k: wanted at least 1"),
-        (args.warm_up >= (0 if args.init else 1), f"--warm-up {args.warm_up}: wanted at least 1, or 0 with --init"),
+        (min(args.epochs, args.lr_drop, args.top_k) >= 1, "--epochs, --lr-drop, --top-k: expected at least 1"),
+        (args.warm_up >= (0 if args.init else 1), f"--warm-up {args.warm_up}: expected at least 1, or 0 with --init"),
         (min(args.lambda_r, args.head_lr, args.show_images) >= 0,
-         "--lambda-r, --head-lr, --show-images: wanted 0 or more"),
+         "--lambda-r, --head-lr, --show-images: expected 0 or more"),
         (not args.large_fov or args.backbone == "vgg16", "--large-fov goes with --backbone vgg16"),
         (not args.freeze_bn or args.backbone != "vgg16", "--freeze-bn: VGG-16 has no BatchNorm; leave it out"),
         (args.supervision != "masks" or not args.masks_list,

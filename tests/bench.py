@@ -5,7 +5,7 @@
     python tests/bench.py --size paper --json bench.json       the papers' sizes wherever it runs; and a file
 
 Rows    {names}
-Reads   nothing: all pictures are drawn by toy_voc.py, in a temporary folder that goes away.
+Reads   nothing: all images are drawn by toy_voc.py, in a temporary folder that goes away.
 Writes  one table, and with --json a file with hardware, versions, date, command, and every single measurement.
 
 A row's ratio is always ours / theirs, so a speed (.../s) should have a high one, a time or a size a low one. What is
@@ -53,7 +53,7 @@ import train_boxsup
 from crf import dense_crf
 from model import Box2SegNet, DeepLabVGG16, normalize
 
-SIZES = {  # calls: of each side in a turn; pictures are of VOC's size, 375x500
+SIZES = {  # calls: of each side in a turn; images are of VOC's size, 375x500
     "small": dict(backbone="resnet18", boxsup="vgg16", crop=128, batch=8, boxsup_batch=8, pictures=12, calls=2,
                   affinity_sides=(16, 32, 64), reference_batch=2, ids=1_000_000),
     "paper": dict(backbone="resnet101", boxsup="vgg16", crop=321, batch=16, boxsup_batch=20, pictures=64, calls=10,
@@ -143,11 +143,11 @@ def in_fresh_process(function, *arguments):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# what is measured on: drawn pictures, one random batch, one step
+# what is measured on: synthetic images, one random batch, one step
 
 @functools.cache
 def drawn(folder, count, height=375, width=500):
-    """-> VOC2012 folder, ids: pictures with truth and boxes, under 21 class names."""
+    """-> VOC2012 folder, ids: images with truth and boxes, under 21 class names."""
     voc = Path(toy_voc.make_toy_voc(folder / f"{height}x{width}", count, 0, (height, width)))
     names = toy_voc.CLASS_NAMES + [f"no{number}" for number in range(len(toy_voc.CLASS_NAMES), CLASSES)]
     (voc / "class_names.txt").write_text("\n".join(names) + "\n")
@@ -228,7 +228,7 @@ def boxsup_network(c):
 # rows: labels and candidates
 
 def grabcut(c):
-    """grabcut_labels.make_labels, all cores, against a plain loop: one thread, cv2.grabCut on the whole picture with
+    """grabcut_labels.make_labels, all cores, against a plain loop: one thread, cv2.grabCut on the whole image with
     the box as its rectangle, 5 iterations, the box where that fails. Both read and write files. Aim: 5 times the boxes
     a second on 2 cores, and M (mIoU against the drawn truth) not worse."""
     voc, ids = drawn(c.folder, c.pictures)
@@ -268,13 +268,13 @@ def grabcut(c):
     seconds = by_turns(c, ours, theirs, warm=0)
     boxes = sum(len(grabcut_labels.read_boxes(voc / "Annotations" / f"{name}.xml", names, (375, 500))[0])
                 for name in ids)
-    note = f"{boxes} boxes in {len(ids)} pictures, {os.cpu_count()} cores"
+    note = f"{boxes} boxes in {len(ids)} images, {os.cpu_count()} cores"
     return [row("grabcut", "serial whole-image", "boxes/s", *(speed(boxes, s) for s in seconds), ">= 5", note),
             row("grabcut M", "serial whole-image", "mIoU", [miou(made[-1] / "GrabCutMasks")], [miou(plain)], ">= 1")]
 
 
 def candidates(c):
-    """Each method of mcg_candidates.py: processor time a picture, against 2 s; and pictures/s of 2 processes against 1,
+    """Each method of mcg_candidates.py: processor time an image, against 2 s; and images/s of 2 processes against 1,
     in make_candidates, from the moment when each has made its first. Aim: under 2 s of one core for 500x375, and
     near-linear in cores."""
     voc, ids = drawn(c.folder, c.pictures)
@@ -288,7 +288,7 @@ def candidates(c):
                 propose(image)
                 seconds.append(time.process_time() - start)
         rows.append(row(f"candidates {method}", "2 s of one core", "s/image", seconds, [2.0] * len(seconds), "<= 1",
-                        "pairs are pictures, not repetitions"))
+                        "pairs are images, not repetitions"))
 
         def rate(workers):
             out = new_folder(c)
@@ -303,8 +303,8 @@ def candidates(c):
 
 def stages(c):
     """MCG stage by stage against the plain loops that the tests hold each to (tests/test_mcg.py), on one core. On a
-    picture of a quarter of the sides: on a whole one the loops take minutes. The share of each stage in MCG's time on a
-    whole picture is below the table."""
+    image of a quarter of the sides: on a whole one the loops take minutes. The share of each stage in MCG's time on a
+    whole image is below the table."""
     with one_core():                                    # which it sets for its tests
         import test_mcg                                 # here: it brings pytest
     ours = {name: getattr(mcg_candidates, name) for name in ("contour_strength", "descend", "spectral_strength",
@@ -349,7 +349,7 @@ def stages(c):
     with one_core():
         rows = [row(f"stages {name}", "a plain loop", "s", *by_turns(
             c, functools.partial(ours[name], *given[name]), loop, warm=1), "< 1") for name, loop in plain.items()]
-    rows[0]["note"] = f"of {whole:.2f} s for a whole picture: " + ", ".join(
+    rows[0]["note"] = f"of {whole:.2f} s for a whole image: " + ", ".join(
         f"{name} {share / whole:.0%}" for name, share in shares.items()) + f"; {areas.size} superpixels in the quarter"
     return rows
 
@@ -359,14 +359,14 @@ def stages(c):
 
 def costs(c):
     """losses.regression_cost of 2,000 candidates against Eq. 3 as printed, one full-size mask at a time (in the box's
-    window only); and against one forward pass of BoxSup's network on the picture. Aims: 50 times; under 10 %."""
+    window only); and against one forward pass of BoxSup's network on the image. Aims: 50 times; under 10 %."""
     voc, ids = drawn(c.folder, c.pictures)
     read = {name: mcg_candidates.read_boxes(voc / "Annotations" / f"{name}.xml", mcg_candidates.class_names(voc),
                                             (375, 500)) for name in ids}
     name = max(ids, key=lambda name: len(read[name][0]))
     image = mcg_candidates.read_image(voc / "JPEGImages" / f"{name}.jpg")
     superpixels, members = mcg_candidates.mcg(image)
-    members = members[np.arange(2000) % len(members)]   # over again where a drawn picture has fewer
+    members = members[np.arange(2000) % len(members)]   # over again where a drawn image has fewer
     boxes, classes, superpixels, members = (torch.from_numpy(a).to(c.device) for a in
                                             (*read[name], superpixels, members))
     network, pixels = boxsup_network(c), torch.from_numpy(image)
@@ -408,7 +408,7 @@ def costs(c):
 
 def update(c):
     """train_boxsup.update_labels: its time outside the forward pass (reading, costs, choice, painting, writing) against
-    forward passes alone on the same pictures. Aim: the costs under 10 % of the forward pass (row "costs share"); here
+    forward passes alone on the same images. Aim: the costs under 10 % of the forward pass (row "costs share"); here
     is all the rest, too."""
     voc, ids = drawn(c.folder, c.pictures)
     out = new_folder(c)
@@ -523,7 +523,7 @@ def affinity(c):
 def full(c):
     """A step of each training (Box2Seg with all losses; BoxSup's network, cross-entropy) in floating point operations a
     second, against one large product of matrices of the same precision: the share of what the machine can do at best.
-    From its images/s the hours of the papers' schedules: 10,582 pictures, 45 epochs of Box2Seg (5 of them stage 1, here
+    From its images/s the hours of the papers' schedules: 10,582 images, 45 epochs of Box2Seg (5 of them stage 1, here
     as if they cost as much) and 45 of BoxSup, without validation, BoxSup's label updates (row update) and waiting."""
     side = 8192 if c.device == "cuda" else 2048
     a = torch.randn(side, side, device=c.device)
@@ -552,7 +552,7 @@ def full(c):
         rate = batch / median(seconds)
         memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB" if c.device == "cuda" else ""
         note = (f"{backbone}, {batch} crops of {c.crop}{memory}: {rate:.1f} images/s, {10582 * 45 / rate / 3600:.1f} "
-                "hours for 45 epochs of 10,582 pictures")
+                "hours for 45 epochs of 10,582 images")
         rows.append(row(f"full {name}", "a matrix product", "TFLOP/s",
                         [counter.get_total_flops() / s / 1e12 for s in seconds],
                         [2 * side ** 3 / s / 1e12 for s in base], "-", note))
@@ -619,7 +619,7 @@ def input_(c):
 # rows: test time
 
 def evaluation(c):
-    """evaluate.py's loop (read, forward, upsample, argmax, score) against the forward passes alone on pictures that are
+    """evaluate.py's loop (read, forward, upsample, argmax, score) against the forward passes alone on images that are
     on the device; with three scales; with three scales and the CRF (on a CPU in processes, whose start counts). Aim: at
     most 20 % over it without CRF."""
     voc, ids = drawn(c.folder, c.pictures)
@@ -663,7 +663,7 @@ def crf_memory(image, probabilities, backend):
 
 def crf(c):
     """The dense CRF's backend torch (on a GPU where there is one, otherwise on one core) against pydensecrf (one core):
-    a picture of 500x375, 21 classes, 10 iterations. Aim: as fast on the CPU, 20 times on a GPU."""
+    an image of 500x375, 21 classes, 10 iterations. Aim: as fast on the CPU, 20 times on a GPU."""
     voc, ids = drawn(c.folder, c.pictures)
     image = evaluate.read_image(voc / "JPEGImages" / f"{ids[0]}.jpg")
     coarse = torch.randn(1, CLASSES, 12, 16, generator=torch.Generator().manual_seed(0))

@@ -8,7 +8,7 @@
 
 Reads   JPEGImages, Annotations, SegmentationClass and the list of VOC2012; writes nothing.
 
-Where a class has one box in a picture, the pixels of that class in SegmentationClass are that object's mask; no
+Where a class has one box in an image, the pixels of that class in SegmentationClass are that object's mask; no
 instance masks are needed. IoU leaves the pixels labelled 255 out. The columns, means over objects:
 
     all, first 1000, first 300   best IoU of any candidate, and of the best ranked ones

@@ -1,4 +1,4 @@
-"""The README's first picture: what boxes become, step by step, on two photographs that may be shown.
+"""The README's first image: what boxes become, step by step, on two photographs that may be shown.
 
     pip install scikit-image                                     # brings both photographs; nothing else here needs it
     python tests/first_picture.py                                # docs/first.jpg

@@ -41,7 +41,7 @@ import model
 
 BAD_INPUT = tuple(script.BadInput for script in (crf, evaluate, grabcut_labels, mcg_candidates, model))
 NAMES = ["background", "cat", "dog", "Möwe"]
-SIZE = 30, 40                                           # of all pictures here: height, width
+SIZE = 30, 40                                           # of all images here: height, width
 
 
 class Unclear(Exception):
@@ -229,7 +229,7 @@ def names_otherwise(data):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# pictures
+# images
 
 def picture():
     ys, xs = np.mgrid[:SIZE[0], :SIZE[1]]

@@ -24,7 +24,7 @@ REFERENCE = Path(__file__).with_name("crf_reference.npz")
 
 
 def picture(H, W, texture, seed=0):
-    """A drawn picture: an ellipse on a ground of another colour, both shaded; texture: standard deviation of noise."""
+    """A drawn image: an ellipse on a ground of another colour, both shaded; texture: standard deviation of noise."""
     generator = np.random.default_rng(seed)
     row, column = np.mgrid[:H, :W] / np.array([H, W]).reshape(2, 1, 1)
     inside = ((row - 0.5) / 0.3) ** 2 + ((column - 0.45) / 0.35) ** 2 < 1

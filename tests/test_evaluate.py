@@ -1,4 +1,4 @@
-"""evaluate.py: the score by hand, real command lines on a drawn set of six pictures, and what is wrong with input."""
+"""evaluate.py: the score by hand, real command lines on a drawn set of six images, and what is wrong with input."""
 import contextlib
 import io
 import json
@@ -57,7 +57,7 @@ def save_checkpoint(path, class_names, **arch):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """Four pictures to train on, two to validate on, 48 x 64, with B and M beside them (M: the truth, 255 as 0)."""
+    """Four images to train on, two to validate on, 48 x 64, with B and M beside them (M: the truth, 255 as 0)."""
     voc = Path(make_toy_voc(tmp_path_factory.mktemp("toy") / "VOCdevkit", 4, 2, (48, 64)))
     for folder in ("BoxMasks", "GrabCutMasks"):
         (voc / folder).mkdir()
@@ -195,7 +195,7 @@ def test_a_checkpoint_end_to_end(toy, checkpoint, tmp_path):
     """The saved predictions are predict()'s argmax, and score as labels what the network scored."""
     status, out, error = command_line("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--json",
                                       tmp_path / "a.json", "--save-png", tmp_path / "png", "--pictures",
-                                      tmp_path / "pictures", "--num-pictures", 1)
+                                      tmp_path / "images", "--num-pictures", 1)
     assert status == 0, error
     network, _ = load_network(checkpoint)
     for name in ("toy_val_00000", "toy_val_00001"):
@@ -204,9 +204,9 @@ def test_a_checkpoint_end_to_end(toy, checkpoint, tmp_path):
         expected = predict(network, png(toy / "JPEGImages" / f"{name}.jpg")).argmax(0).numpy()
         assert (np.array(saved) == expected).mean() > 0.999                         # other threads, other roundings
     assert sorted(os.listdir(tmp_path / "png")) == ["toy_val_00000.png", "toy_val_00001.png"]
-    assert sorted(os.listdir(tmp_path / "pictures")) == ["sheet.png", "toy_val_00000.png"]
+    assert sorted(os.listdir(tmp_path / "images")) == ["sheet.png", "toy_val_00000.png"]
     # six panels of 240 x 320 pixels: image, truth, boxes, GrabCut, prediction, attention
-    strip = png(tmp_path / "pictures" / "toy_val_00000.png")
+    strip = png(tmp_path / "images" / "toy_val_00000.png")
     assert strip.shape[1] == 6 * (320 + 4) and strip.shape[0] >= 240 + 30 and strip.shape[2] == 3
     status, _, error = run("--data", toy, "--labels", tmp_path / "png", "--json", tmp_path / "b.json")
     assert status == 0, error
@@ -239,25 +239,25 @@ def test_pictures_without_boxes_grabcut_and_attention(copy, tmp_path):
     shutil.rmtree(copy / "GrabCutMasks")
     plain = save_checkpoint(tmp_path / "plain.pt", CLASS_NAMES, attention=False, embedding=False)
     status, _, error = run("--data", copy, "--checkpoint", plain, "--device", "cpu", "--split", "trainval",
-                           "--pictures", tmp_path / "pictures", "--num-pictures", 99, "--worst")
+                           "--pictures", tmp_path / "images", "--num-pictures", 99, "--worst")
     assert status == 0, error
-    assert len(os.listdir(tmp_path / "pictures")) == 7                              # six, and the sheet
-    assert png(tmp_path / "pictures" / "toy_val_00000.png").shape[1] == 3 * (320 + 4)
+    assert len(os.listdir(tmp_path / "images")) == 7                              # six, and the sheet
+    assert png(tmp_path / "images" / "toy_val_00000.png").shape[1] == 3 * (320 + 4)
 
 
 def test_worst_pictures_are_those_of_lowest_miou(copy, tmp_path):
     worst = copy / "GrabCutMasks" / "toy_train_00002.png"
     evaluate.write_label(worst, np.zeros((48, 64)))
     status, _, error = run("--data", copy, "--labels", copy / "GrabCutMasks", "--split", "trainval", "--pictures",
-                           tmp_path / "pictures", "--num-pictures", 1, "--worst")
+                           tmp_path / "images", "--num-pictures", 1, "--worst")
     assert status == 0, error
-    assert sorted(os.listdir(tmp_path / "pictures")) == ["sheet.png", "toy_train_00002.png"]
+    assert sorted(os.listdir(tmp_path / "images")) == ["sheet.png", "toy_train_00002.png"]
 
 
 def test_attention_picture_by_hand():
-    """Black picture; alpha of class 1 is 1 in the left pixel, and 1 in the middle one, which lies outside its box."""
+    """Black image; alpha of class 1 is 1 in the left pixel, and 1 in the middle one, which lies outside its box."""
     image, truth = np.zeros((1, 3, 3), np.uint8), np.array([[1, 0, 0]], np.uint8)
-    alpha = np.array([[[1.0, 1.0, 0.5]], [[1.0, 1.0, 1.0]]], np.float32)            # class 2 is not in the picture
+    alpha = np.array([[[1.0, 1.0, 0.5]], [[1.0, 1.0, 1.0]]], np.float32)            # class 2 is not in the image
     red = evaluate.colour_of(np.array(1)).tolist()
     inside = evaluate.attention_overlay(image, alpha, truth, np.array([[1, 0, 1]], np.uint8))[0].tolist()
     assert inside == [red, [0, 0, 0], [90, 20, 20]] and red == [180, 40, 40]       # 1.1 * VOC's (128, 0, 0) + 40
@@ -357,7 +357,7 @@ def test_boundary_distance_by_hand():
     """VOC's rim (255) is a boundary on both sides; where there is none, class lies against class."""
     row = np.array([[0, 0, 0, 255, 255, 1, 1, 1, 2]], np.uint8)
     assert evaluate.boundary_distance(row).tolist() == [[3, 2, 1, 1, 1, 1, 2, 1, 1]]
-    assert np.isinf(evaluate.boundary_distance(np.zeros((3, 4), np.uint8))).all()   # the picture's edge is no boundary
+    assert np.isinf(evaluate.boundary_distance(np.zeros((3, 4), np.uint8))).all()   # the image's edge is no boundary
 
 
 def test_boundary_distance_against_a_loop():
@@ -492,9 +492,9 @@ def test_against_compares_what_both_folders_have(copy, tmp_path):
         assert results[-1]["pixel_accuracy"] == pytest.approx(agree / either)
     assert results[0]["iou"] == results[1]["iou"]
     status, out, error = run("--data", copy, "--labels", pair[0], "--against", pair[1], "--split", "train", "--trimap",
-                             2, "--pictures", tmp_path / "pictures", "--num-pictures", 1)
+                             2, "--pictures", tmp_path / "images", "--num-pictures", 1)
     assert status == 0 and "4 images" in out and "boundary mIoU" in out, error
-    assert png(tmp_path / "pictures" / "toy_train_00000.png").shape[1] == 5 * (320 + 4)     # B stands for the truth
+    assert png(tmp_path / "images" / "toy_train_00000.png").shape[1] == 5 * (320 + 4)     # B stands for the truth
 
 
 def test_bad_pairs(toy, checkpoint, tmp_path):
@@ -509,7 +509,7 @@ def test_bad_pairs(toy, checkpoint, tmp_path):
 # best and worst, attention, affinity
 
 def test_best_and_worst_pictures(copy, tmp_path):
-    """One picture with no background found, one with the left half of its labels gone, one without a mistake."""
+    """One image with no background found, one with the left half of its labels gone, one without a mistake."""
     masks = copy / "GrabCutMasks"
     evaluate.write_label(masks / "toy_train_00002.png", np.full((48, 64), 5))
     half = masks / "toy_train_00001.png"
@@ -561,7 +561,7 @@ def drawing(**more):
 
 
 def test_heat_by_hand():
-    """0 is blue, 1 is red, over a picture of which the colours are lost and 45 % of the brightness are left."""
+    """0 is blue, 1 is red, over an image of which the colours are lost and 45 % of the brightness are left."""
     image = np.array([[[0, 0, 0], [255, 0, 0], [0, 0, 255]]], np.uint8)
     picture = evaluate.heat(image, np.array([[0.0, 1.0, 7.0]])).astype(int)
     assert picture[0, 0, 2] > picture[0, 0, 1] and picture[0, 1, 0] > picture[0, 1, 2]
@@ -633,10 +633,10 @@ def test_affinity_where_all_is_one_class(c):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# a folder of plain pictures
+# a folder of plain images
 
 def test_plain_pictures_of_all_kinds(toy, checkpoint, tmp_path):
-    """Grey, with alpha, palette, webp; one photographed upright is turned upright, one is broken, one is no picture."""
+    """Grey, with alpha, palette, webp; one photographed upright is turned upright, one is broken, one is no image."""
     source, out = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     picture = Image.open(toy / "JPEGImages" / "toy_val_00000.jpg")
@@ -648,7 +648,7 @@ def test_plain_pictures_of_all_kinds(toy, checkpoint, tmp_path):
     exif[0x0112] = 6                                    # the camera was turned by 90 degrees
     picture.save(source / "turned.JPG", exif=exif)
     (source / "broken.jpg").write_bytes((toy / "JPEGImages" / "toy_val_00000.jpg").read_bytes()[:500])
-    (source / "notes.txt").write_text("no picture")
+    (source / "notes.txt").write_text("no image")
     status, text, error = run("--checkpoint", checkpoint, "--images", source, "--out", out, "--device", "cpu")
     assert status == 1 and str(source / "broken.jpg") in error and "1 images were left out" in error
     assert "5 label PNGs" in text
@@ -670,7 +670,7 @@ def test_plain_pictures_by_list_and_where_they_cannot_go(toy, checkpoint, tmp_pa
     assert "toy_val_00009" in refused(*command, "--out", tmp_path / "out", "--list", tmp_path / "two.txt")
     assert "overwrite" in refused(*command, "--out", toy / "JPEGImages")
     (tmp_path / "empty").mkdir()
-    assert "no pictures" in refused(*command[:-1], tmp_path / "empty", "--out", tmp_path / "out")
+    assert "no images" in refused(*command[:-1], tmp_path / "empty", "--out", tmp_path / "out")
     assert "no folder" in refused(*command[:-1], tmp_path / "nowhere", "--out", tmp_path / "out")
     for name in ("a.png", "a.jpg"):
         Image.new("RGB", (8, 8)).save(tmp_path / "empty" / name)

@@ -48,7 +48,7 @@ def annotation(*things, size="<size><width>120</width><height>60</height></size>
 
 @pytest.fixture
 def voc(tmp_path):
-    """Two pictures with a dog each, 120 wide, 60 high."""
+    """Two images with a dog each, 120 wide, 60 high."""
     root = tmp_path / "VOC2012"
     for folder in ("JPEGImages", "Annotations", "ImageSets/Segmentation", "SegmentationClass"):
         (root / folder).mkdir(parents=True)
@@ -107,8 +107,8 @@ def png(path, mode, pixels, bits, palette=None):
 # ---------------------------------------------------------------- 1: what a file says twice must agree
 @pytest.mark.parametrize("width, height, words", [
     (120, 60, None), (121, 59, None), (0, 0, None), ("", "", None), ("null", "null", None), (" 120.0 ", 60, None),
-    (480, 240, "says 480x240, but the picture is 120x60: annotate"), (120, 62, "says 120x62"),
-    (60, 120, r"says 60x120, but the picture is 120x60: if EXIF .*exiftool"), ("inf", 60, "infx60")])
+    (480, 240, "says 480x240, but the image is 120x60: annotate"), (120, 62, "says 120x62"),
+    (60, 120, r"says 60x120, but the image is 120x60: if EXIF .*exiftool"), ("inf", 60, "infx60")])
 def test_the_size_in_an_xml(tmp_path, width, height, words):
     text = annotation(thing(), size=f"<size><width>{width}</width><height>{height}</height></size>")
     if words is None:
@@ -132,7 +132,7 @@ def test_boxes_of_the_stored_frame_are_refused_where_exif_turns_the_picture(voc,
     summary = make_labels(voc, ["a", "b"], workers=1)
     assert [line[:3] for line in summary["failures"]] == ["a: "] * (orientation >= 5)
     if orientation >= 5:
-        assert "says 120x60, but the picture is 60x120" in summary["failures"][0]
+        assert "says 120x60, but the image is 60x120" in summary["failures"][0]
     assert summary["made"] == 2 - (orientation >= 5)
 
 
@@ -156,7 +156,7 @@ def test_the_size_in_a_json(voc, size, good, method):
                                    method=method, workers=1, max_candidates=5)
     assert summary["made"] == 1 + good and len(summary["failures"]) == 1 - good
     if not good:
-        assert f"a.jpg: says {size[0]}x{size[1]}, but the picture is 120x60" in summary["failures"][0]
+        assert f"a.jpg: says {size[0]}x{size[1]}, but the image is 120x60" in summary["failures"][0]
 
 
 # ---------------------------------------------------------------- 2: nothing found is said
@@ -429,7 +429,7 @@ def test_labels_are_png_and_of_8_bits(tmp_path):
     with pytest.raises(BadInput, match="a.png: not a readable PNG"):
         read_label(tmp_path / "a.png")
     Image.fromarray(dog().astype(np.uint16) * 300).save(tmp_path / "a.png")
-    with pytest.raises(BadInput, match="a.png: a I;16 picture, not class indices"):
+    with pytest.raises(BadInput, match="a.png: a I;16 image, not class indices"):
         read_label(tmp_path / "a.png")
 
 
@@ -531,7 +531,7 @@ def test_whatever_is_bad_in_one_image(voc, monkeypatch):
 @pytest.mark.parametrize("script, flags", [
     ("grabcut_labels.py", ()), ("mcg_candidates.py", ("--method", "gop", "--workers", 1)),
     ("grabcut_labels.py", ("--image", "VOC/JPEGImages/a.jpg", "--box", 10, 10, 50, 30)),
-    ("evaluate.py", ("--labels", "VOC/SegmentationClass", "--split", "train", "--pictures", "pictures")),
+    ("evaluate.py", ("--labels", "VOC/SegmentationClass", "--split", "train", "--pictures", "images")),
     ("train_box2seg.py", ("--loss", "mask", "--recipe", "small", "--batch-size", 2, "--device", "cpu", "--workers", 0,
                           "--crop", 32, "--epochs", 1))])
 def test_a_full_disk_is_one_line(voc, script, flags):
@@ -583,7 +583,7 @@ def test_pictures_of_any_ending_are_found(voc, ending):
     Image.fromarray(PIXELS).save(voc / f"JPEGImages/a.{ending}")
     assert find_image(voc / "JPEGImages", "a") == voc / f"JPEGImages/a.{ending}"
     assert make_labels(voc, ["a", "b"], workers=1)["made"] == 2
-    (voc / "JPEGImages" / "a.xmp").write_text("")                         # beside it, and no picture
+    (voc / "JPEGImages" / "a.xmp").write_text("")                         # beside it, and no image
     assert find_image(voc / "JPEGImages", "a").suffix == f".{ending}"
 
 
@@ -603,7 +603,7 @@ def test_other_endings_in_coco_and_in_training(voc):
 
 
 def test_two_pictures_of_one_id_are_refused(voc, tmp_path):
-    """A mask beside its picture, say."""
+    """A mask beside its image, say."""
     write_label(voc / "JPEGImages/a.png", dog())
     with pytest.raises(BadInput, match="a.jpg and a.png have one id: rename one, or move it out of"):
         find_image(voc / "JPEGImages", "a")

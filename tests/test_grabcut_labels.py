@@ -1,4 +1,4 @@
-"""grabcut_labels.py: boxes by hand, masks of drawn pictures, interrupted runs, bad input by command line."""
+"""grabcut_labels.py: boxes by hand, masks of synthetic images, interrupted runs, bad input by command line."""
 import json
 import os
 import shutil
@@ -32,7 +32,7 @@ def command_line(*arguments):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A drawn devkit of 10 + 4 pictures, and the labels of all of them made by one thread, beside it."""
+    """A drawn devkit of 10 + 4 images, and the labels of all of them made by one thread, beside it."""
     devkit = tmp_path_factory.mktemp("drawn") / "VOCdevkit"
     make_toy_voc(devkit, images=10, val=4, size=(60, 80))
     voc = find_voc(devkit)
@@ -56,7 +56,7 @@ def label_bytes(folder):
 
 
 def disc(size=(80, 100), centre=(48, 40), radius=18, seed=0):
-    """A grey disc on green, both noisy -> picture (H, W, 3), truth (H, W) bool, tight box."""
+    """A grey disc on green, both noisy -> image (H, W, 3), truth (H, W) bool, tight box."""
     ys, xs = np.mgrid[:size[0], :size[1]]
     truth = (xs - centre[0]) ** 2 + (ys - centre[1]) ** 2 <= radius ** 2
     picture = np.where(truth[..., None], (160, 150, 150), (60, 120, 50))
@@ -166,7 +166,7 @@ def whole_box(shape, box):
 
 
 def among_its_like():
-    """A disc between two fields of its own grey, which the background model learns: -> picture, truth, box."""
+    """A disc between two fields of its own grey, which the background model learns: -> image, truth, box."""
     picture, truth, box = disc()
     grey = picture[truth][np.random.default_rng(1).integers(0, truth.sum(), picture.shape[:2])]
     for columns in (np.s_[:, :box[0] - 1], np.s_[:, box[2] + 1:]):
@@ -228,7 +228,7 @@ def test_why_a_box_needs_more_than_one_attempt():
 
 
 def test_odd_boxes_never_fail():
-    """One pixel, one row, one column, at corners and edges, nearly the whole picture, in pictures of any shape."""
+    """One pixel, one row, one column, at corners and edges, nearly the whole image, in images of any shape."""
     rng = np.random.default_rng(0)
     for height, width in [(1, 2), (2, 2), (3, 40), (40, 3), (1, 60), (60, 80), (2000, 3)]:
         image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -278,7 +278,7 @@ def test_iterations_end_where_three_pixels_in_a_thousand_move(monkeypatch, moved
 
 
 def flock():
-    """Three boxes side by side on a grey band over green: -> picture, truth (H, W) bool, boxes."""
+    """Three boxes side by side on a grey band over green: -> image, truth (H, W) bool, boxes."""
     band = np.zeros((90, 160), bool)
     band[25:65] = True
     picture = np.where(band[..., None], (150, 150, 140), (90, 140, 70))
@@ -467,8 +467,8 @@ def test_refusals(devkit, tmp_path):
     assert "no VOC data in nowhere" in refused("--data", "nowhere")
     assert "no image list" in refused("--data", devkit, "--split", "test")
     assert "no image list" in refused("--data", devkit, "--list", tmp_path / "mine.txt")
-    assert "wanted I/N" in refused("--data", devkit, "--shard", "3/2")
-    assert "wanted I/N" in refused("--data", devkit, "--shard", "half")
+    assert "expected I/N" in refused("--data", devkit, "--shard", "3/2")
+    assert "expected I/N" in refused("--data", devkit, "--shard", "half")
     (tmp_path / "file").write_text("")
     assert "--out" in refused("--data", devkit, "--out", tmp_path / "file")
     assert "no image" in refused("--image", tmp_path / "none.jpg", "--box", 0, 0, 5, 5)
@@ -508,7 +508,7 @@ def test_bad_images_are_reported_and_the_others_made(drawn, devkit):
     made = label_bytes(voc)
     assert made == {name: png for name, png in label_bytes(drawn[1]).items() if Path(name).stem in ids[5:]}
     assert set(json.loads((devkit / "rates.json").read_text())["images"]) == set(ids[5:])
-    for folder in ("JPEGImages", "Annotations"):                             # mended, a second run makes the five
+    for folder in ("JPEGImages", "Annotations"):                             # fixed, a second run makes the five
         shutil.copytree(drawn[0] / "VOC2012" / folder, voc / folder, dirs_exist_ok=True)
     status, out, _ = command_line("--data", devkit, "--split", "trainval")
     assert status == 0 and "made 5, already there 9, failed 0" in out and label_bytes(voc) == label_bytes(drawn[1])
@@ -516,7 +516,7 @@ def test_bad_images_are_reported_and_the_others_made(drawn, devkit):
 
 # ---------------------------------------------------------------- boxes from a detector
 class Stub(torch.nn.Module):
-    """Stands in for torchvision's detector: four detections, COCO's labels, whatever the picture."""
+    """Stands in for torchvision's detector: four detections, COCO's labels, whatever the image."""
     def forward(self, images):
         assert images[0].shape == (3, 60, 80) and images[0].max() <= 1
         return [{"boxes": torch.tensor([[10.6, 5.2, 40.1, 50.9], [-3.0, 2.0, 90.0, 70.0], [1.0, 1.0, 9.0, 9.0],
@@ -651,7 +651,7 @@ def test_a_class_without_a_box_has_no_rate(drawn):
     assert all(means[c - 1] == 1 for c in range(1, len(CLASS_NAMES)) if c not in present)
 
 
-# ---------------------------------------------------------------- one picture
+# ---------------------------------------------------------------- one image
 def test_one_mask_is_shown(tmp_path):
     picture, truth, (x0, y0, x1, y1) = disc()
     Image.fromarray(picture).save(tmp_path / "disc.png")

@@ -402,7 +402,7 @@ def test_one_bad_image_stops_no_other(tmp_path):
                          "a/b.jpg", "a_b.jpg", "missing.jpg", "other/good2.jpg"}
     assert "160x120 in the JSON, but the image is 80x60" in told["size.jpg"]
     assert "not a readable image" in told["broken.jpg"] and "the box [1, 2, 3, 4, 45]" in told["five.jpg"]
-    assert "from 0 to 1: wanted pixels" in told["shares.jpg"] and told["twice.jpg"] == "annotated twice"
+    assert "from 0 to 1: expected pixels" in told["shares.jpg"] and told["twice.jpg"] == "annotated twice"
     assert told["same.png"] == "'same' cannot be the id of same.jpg and same.png: rename them"
     assert told["a_b.jpg"] == "'a_b' cannot be the id of a/b.jpg and a_b.jpg: rename them"
     assert told["missing.jpg"].startswith("x.json names it, but it is not in")

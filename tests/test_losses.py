@@ -39,7 +39,7 @@ def seeded(seed):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. By hand: one picture of four pixels, a b / c d, and L = 2 classes
+# 1. By hand: one image of four pixels, a b / c d, and L = 2 classes
 # ---------------------------------------------------------------------------------------------------------------------
 #
 #          y: background  class 1  class 2      alpha: class 1  class 2      B    M      embedding
@@ -140,7 +140,7 @@ def test_affinity_by_hand():
 def test_pair_samples_by_hand():
     """S^2 pairs of m^2:   one class of 4 pixels, fraction 1/4: S = 1/2 * 4 = 2 draws, 4 pairs of 16
     two classes on 3 labelled pixels, fraction 1: 3 draws shared by 2 classes are 1.5 each, 2 rounded
-    10 % (the default, Sect. 4.1) of a 100 x 100 picture in 4 classes: sqrt(0.1) * 10000 / 4 = 790.57
+    10 % (the default, Sect. 4.1) of a 100 x 100 image in 4 classes: sqrt(0.1) * 10000 / 4 = 790.57
     nothing labelled: 1
     """
     assert losses.pair_samples(torch.zeros(1, 2, 2, dtype=torch.long), 3, fraction=0.25).tolist() == [2]
@@ -196,7 +196,7 @@ def test_filling_rate_by_hand():
     assert is_close(losses.filling_rate_loss(LOGITS, boxes, torch.tensor([[1 / 3, 0.0]])), LN2)
 
 
-# BoxSup: a picture of six pixels, L = 2, three superpixels, two boxes that share pixel e, and four segments
+# BoxSup: an image of six pixels, L = 2, three superpixels, two boxes that share pixel e, and four segments
 #
 #     a b c     superpixels  0 0 1     box 0, class 1: a b d e     segments  0: a b    1: a b d e     2: c f     3: none
 #     d e f                  2 2 1     box 1, class 2: e f
@@ -290,9 +290,9 @@ def one_hot(labels, num_classes):
 
 
 def scene(seed=0, dtype=torch.float64):
-    """Four pictures, L = 3. 0: overlapping boxes of classes 1 and 2, padding below; 1: boxes of 3 and 1, padding on the
+    """Four images, L = 3. 0: overlapping boxes of classes 1 and 2, padding below; 1: boxes of 3 and 1, padding on the
     left; 2: no box; 3: wholly unlabelled. M is B less some pixels, more of class 1 where the boxes overlap, and
-    unlabelled at two pixels that B labels (VOC's object borders). For BoxSup, the logits of picture 0: 7 superpixels,
+    unlabelled at two pixels that B labels (VOC's object borders). For BoxSup, the logits of image 0: 7 superpixels,
     9 segments, one of them empty, 4 boxes, the second inside the first and the third across both.
     """
     g, h, w, d = seeded(seed), 5, 6, 4
@@ -584,7 +584,7 @@ def test_gradcheck(name):
     larger than the step of 1e-6."""
     inputs = TRAINED.get(name, (["alpha"] if name == "attention_fill_rate" else ["embeddings", "targets"],))[0]
     x = scene()
-    x = edit(x, **{n: t[:2] for n, t in vars(x).items() if n != "rates"})      # the pictures with boxes, for speed
+    x = edit(x, **{n: t[:2] for n, t in vars(x).items() if n != "rates"})      # the images with boxes, for speed
     eta, eta_prime = losses.fill_rate(x.mask_labels, x.box_labels, 4), losses.attention_fill_rate(x.alpha, x.box_labels)
     margin = (0.7 * eta - eta_prime)[eta_prime > 0]
     assert margin.abs().min() > 1e-3 and (margin > 0).any() and (margin < 0).any()      # both sides are tested
@@ -675,7 +675,7 @@ def test_nothing_to_sum_for_one_part(name, labels):
 
 
 def test_absent_classes_add_nothing():
-    """A picture of class 1 alone: L = 1 and L = 3 agree where only classes present count."""
+    """An image of class 1 alone: L = 1 and L = 3 agree where only classes present count."""
     x = scene()
     boxes, masks = (torch.where((labels == 2) | (labels == 3), 0, labels) for labels in (x.box_labels, x.mask_labels))
     assert torch.allclose(losses.fill_rate_loss(x.alpha, boxes, masks),
@@ -862,7 +862,7 @@ def naive_affinity_loss(embeddings, targets, draws):
 
 
 def even_labels():
-    """Two pictures in which each class present has six pixels, so 6, 12, ... draws leave nothing to chance."""
+    """Two images in which each class present has six pixels, so 6, 12, ... draws leave nothing to chance."""
     labels = torch.tensor([0, 1, 2, 255, 255]).repeat_interleave(6)[torch.randperm(30, generator=seeded(0))]
     other = torch.tensor([0, 3, 255, 255, 255]).repeat_interleave(6)[torch.randperm(30, generator=seeded(1))]
     return torch.stack([labels, other]).view(2, 5, 6)
@@ -1080,7 +1080,7 @@ def test_box2seg_leaves_terms_out():
 # ---------------------------------------------------------------------------------------------------------------------
 
 def attention_scene(sure):
-    """A 6 x 6 box of class 1 in an 8 x 8 picture, GrabCut keeps its upper 24 pixels (eta = 2/3), where y is `sure` of
+    """A 6 x 6 box of class 1 in an 8 x 8 image, GrabCut keeps its upper 24 pixels (eta = 2/3), where y is `sure` of
     class 1; in the 12 others y is 0.3."""
     boxes, masks = torch.zeros(2, 1, 8, 8, dtype=torch.long)
     boxes[0, 1:7, 1:7], masks[0, 1:5, 1:7] = 1, 1
@@ -1180,14 +1180,14 @@ def test_which_weights_hold_attention(lambda_aw, lambda_alpha, rate, lives, regu
 # 7. BoxSup's costs against a dense evaluation: every mask painted, every pixel looked at, in float64
 # ---------------------------------------------------------------------------------------------------------------------
 
-BOXES = {                                                                      # on a picture of 40 x 50 pixels
+BOXES = {                                                                      # on an image of 40 x 50 pixels
     "apart": [[2, 3, 20, 30], [25, 5, 49, 39]],
     "overlapping": [[25, 0, 35, 40], [20, 10, 50, 40], [2, 3, 30, 30]],        # the smallest, the largest, the other
     "nested": [[5, 5, 40, 35], [10, 10, 20, 20], [12, 12, 15, 40]],
     "twice the same": [[5, 5, 40, 35], [5, 5, 40, 35]],
     "equal areas": [[5, 5, 15, 25], [0, 10, 20, 20]],
-    "whole picture": [[0, 0, 50, 40]],
-    "one in the whole picture": [[10, 10, 30, 30], [0, 0, 50, 40]],
+    "whole image": [[0, 0, 50, 40]],
+    "one in the whole image": [[10, 10, 30, 30], [0, 0, 50, 40]],
     "one pixel": [[49, 39, 50, 40]],
     "none": [],
 }

@@ -27,7 +27,7 @@ def blocks(rows, columns, size):
 
 
 def drawn(height=60, width=80, seed=0):
-    """A disc, upper half red, lower half blue, on mottled green -> picture, truth (H, W) bool."""
+    """A disc, upper half red, lower half blue, on mottled green -> image, truth (H, W) bool."""
     ys, xs = np.mgrid[:height, :width]
     truth = (ys - 30) ** 2 + (xs - 40) ** 2 < 18 ** 2
     picture = np.where(truth[..., None], np.where((ys < 30)[..., None], (190, 60, 50), (50, 60, 170)), (70, 130, 60))
@@ -66,7 +66,7 @@ def test_channels_are_histograms():
 def naive_contours(image):
     """contour_strength() by the definition: windows summed weight by weight, two points a pixel and angle."""
     sizes, lists = image.shape[:2], contour_channels(image)
-    reach = round(4 * mcg_candidates.SIGMA)  # OpenCV cuts the window off there, and mirrors the picture at its border
+    reach = round(4 * mcg_candidates.SIGMA)  # OpenCV cuts the window off there, and mirrors the image at its border
     window = np.exp(-np.arange(-reach, reach + 1) ** 2 / (2 * mcg_candidates.SIGMA ** 2))
     window = np.outer(window, window) / window.sum() ** 2
 

@@ -50,7 +50,7 @@ def npz_bytes(folder):
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """A drawn devkit of 6 + 2 pictures, and the GOP candidates of all of them, beside it."""
+    """A drawn devkit of 6 + 2 images, and the GOP candidates of all of them, beside it."""
     devkit = tmp_path_factory.mktemp("drawn") / "VOCdevkit"
     make_toy_voc(devkit, images=6, val=2, size=(40, 60))
     voc = find_voc(devkit)
@@ -66,7 +66,7 @@ def devkit(drawn, tmp_path):
 
 
 def four_squares():
-    """A 4x6 picture of four superpixels, numbered against the order of reading, and three candidates.
+    """A 4x6 image of four superpixels, numbered against the order of reading, and three candidates.
 
         3 3 3 1 1 1
         3 3 3 1 1 1
@@ -80,7 +80,7 @@ def four_squares():
 
 # ---------------------------------------------------------------- superpixels and their graph
 def clutter(height, width, seed=0):
-    """Coloured rectangles with noise: a picture (H, W, 3) uint8 with something in it."""
+    """Coloured rectangles with noise: an image (H, W, 3) uint8 with something in it."""
     random = np.random.default_rng(seed)
     picture = np.full((height, width, 3), 120.0)
     for _ in range(12):
@@ -545,7 +545,7 @@ def test_refusals(devkit, tmp_path):
     jpeg = next((voc / "JPEGImages").glob("*.jpg"))
     assert "no VOC data in nowhere" in refused("--data", "nowhere")
     assert "no image list" in refused("--data", devkit, "--split", "test")
-    assert "wanted I/N" in refused("--data", devkit, "--shard", "3/2")
+    assert "expected I/N" in refused("--data", devkit, "--shard", "3/2")
     (tmp_path / "file").write_text("")
     assert "--out" in refused("--data", devkit, "--out", tmp_path / "file")
     assert "no image" in refused("--image", tmp_path / "none.jpg")
@@ -586,7 +586,7 @@ BOXES = [("b.jpg", "tv", [0.4, 1.6, 10.2, 5.0], 0), ("b.jpg", "giraffe", [0, 0, 
 
 
 def test_cocos_boxes_by_hand(tmp_path):
-    """A tv is VOC's tvmonitor; the giraffe is no VOC class; crowds, pictures of these only, and empty ones are out."""
+    """A tv is VOC's tvmonitor; the giraffe is no VOC class; crowds, images of these only, and empty ones are out."""
     found, notes = read_coco(coco_json(tmp_path / "coco.json", BOXES), VOC_CLASSES)
     none = None, None                                   # no size is said
     assert found == {"b": ([[0.4, 1.6, 10.2, 5.0], [-3, 4, 20, 70]], [20, 12], none),
@@ -651,9 +651,9 @@ def test_candidates_of_coco(drawn, tmp_path):
     ({"annotations": []}, "no box of the classes"),
     ({"annotations": [{"image_id": 1, "category_id": 7, "bbox": [1, 1, 2, 2]}]}, "not in its lists"),
     ({"annotations": [{"image_id": 100, "category_id": 1, "bbox": [1, 1, 2, 2]}]}, "not in its lists"),
-    ({"annotations": [{"image_id": 100, "category_id": 7, "bbox": [1, 1, 2]}]}, "wanted x, y, width, height"),
-    ({"annotations": [{"image_id": 100, "category_id": 7, "bbox": [1, 1, -2, 2]}]}, "wanted x, y, width, height"),
-    ({"annotations": [{"image_id": 100, "category_id": 7, "bbox": [1, 1, float("nan"), 2]}]}, "wanted x, y, width"),
+    ({"annotations": [{"image_id": 100, "category_id": 7, "bbox": [1, 1, 2]}]}, "expected x, y, width, height"),
+    ({"annotations": [{"image_id": 100, "category_id": 7, "bbox": [1, 1, -2, 2]}]}, "expected x, y, width, height"),
+    ({"annotations": [{"image_id": 100, "category_id": 7, "bbox": [1, 1, float("nan"), 2]}]}, "expected x, y, width"),
     ({"annotations": [{"image_id": 100, "category_id": 7, "bbox": "none"}]}, "not a COCO"),
     ({"images": [{"id": n, "file_name": f"{n}.gif"} for n in range(100, 106)]}, "ends in .jpg"),
     ({"images": [{"id": n, "file_name": f"{n}/a.jpg"} for n in range(100, 106)]}, "both have the name a.jpg")])
@@ -692,7 +692,7 @@ def test_cocos_masks_by_hand():
             [1, 1, 1, 1], [1, 2, 2, 1], [1, 1, 1, 1]]
     labels, unpainted = coco_mask([[rectangle(9, 9, 12, 12), [1, 1, 1, 1, 1, 1]], []], [1, 2], (3, 4), "here")
     assert not labels.any() and unpainted == 2
-    ys, xs = np.mgrid[:16, :16] + 0.5                   # an outline that leaves the picture keeps its slope
+    ys, xs = np.mgrid[:16, :16] + 0.5                   # an outline that leaves the image keeps its slope
     slope = coco_mask([[[-8.3, 0, 8, 0, 8, 16.3]]], [1], (16, 16), "here")[0] == 1
     assert np.array_equal(slope, (ys < xs + 8.3) & (xs < 8)) and slope.sum() == 100
     turn = np.linspace(0, 2 * np.pi, 60, endpoint=False)
@@ -737,7 +737,7 @@ def test_masks_of_coco(drawn, tmp_path):
     assert "other method" in refused(*arguments[:-1])
 
 
-# ---------------------------------------------------------------- one picture
+# ---------------------------------------------------------------- one image
 def test_one_picture_is_shown(drawn, tmp_path):
     jpeg = Path(shutil.copy(next((drawn[0] / "VOC2012/JPEGImages").glob("*.jpg")), tmp_path / "a.jpg"))
     status, out, error = command_line("--image", jpeg, "--method", "gop")

@@ -1,7 +1,7 @@
 """
 model.py: parameter counts, shapes and modes, the sampling grid, weights files, checkpoints, predict; BoxSup's VGG-16.
 
-Networks here are ResNet-18 of width 8 with a fresh start, on pictures of a few dozen pixels; counts are of ResNet-101.
+Networks here are ResNet-18 of width 8 with a fresh start, on images of a few dozen pixels; counts are of ResNet-101.
 VGG-16 comes in one size only: the tests share one of each kind, and leave it as it is.
 """
 
@@ -605,7 +605,7 @@ def test_views_are_averaged():
 
 
 def test_half_scale_by_hand():
-    """Antialiased, so a picture of alternating black and white columns is the even grey it looks like from afar."""
+    """Antialiased, so an image of alternating black and white columns is the even grey it looks like from afar."""
     network = small()
     stripes = np.zeros((32, 64, 3), np.uint8)
     stripes[:, ::2] = 255
@@ -753,7 +753,7 @@ def test_holes_of_fc6(vgg, kind, seen):
 
 @each_kind
 def test_cells_are_centred_on_their_pixels(vgg, kind):
-    """With kernels that are their own mirror image a mirrored picture has mirrored logits, to the cell: nothing leans
+    """With kernels that are their own mirror image a mirrored image has mirrored logits, to the cell: nothing leans
     to one side, neither the poolings nor the 4x4 kernel."""
     network, x = vgg[kind], torch.randn(1, 3, 24, 40)
     mirror = {k: (p + p.flip(3) + p.flip(2) + p.flip(2, 3)) / 4 if p.ndim == 4 else p

@@ -53,7 +53,7 @@ def test_ablation_prints_rows_and_runs_nothing_twice(folder):
 def test_ablation_of_a_row_that_fails_and_of_other_settings(folder):
     flags = "--data", "VOCdevkit", "--paper", "boxsup", "--rows", "rectangles", "--", "--crop", 1
     assert "mIoU" not in call("ablation.py", "--out", "other", *flags, folder=folder, status=1)
-    assert "--crop 1: wanted 32" in (folder / "other" / "rectangles-0.log").read_text()
+    assert "--crop 1: expected 32" in (folder / "other" / "rectangles-0.log").read_text()
     call("ablation.py", *flags, folder=folder, status=1)  # the first test's folder: of other flags
     assert not (folder / "runs" / "ablation-boxsup" / "rectangles-0.log").exists()
 
@@ -65,7 +65,7 @@ def test_candidate_quality(folder):
 
 
 def test_what_the_choice_makes_of_candidates(folder):
-    """lambda 0 does not ask the network; with any lambda "cheapest" is at least as good as chance on such pictures."""
+    """lambda 0 does not ask the network; with any lambda "cheapest" is at least as good as chance on such images."""
     out = call("candidate_quality.py", "--data", "VOCdevkit", "--split", "train", "--checkpoint",
                "runs/ablation-boxsup/boxsup-3/last.pt", "--lambda-r", 0, 1, "--min-recognized", 0, 2, folder=folder)
     lines = out.splitlines()

@@ -44,7 +44,7 @@ def test_same_seed_same_bytes_and_another_seed_other_pictures(tmp_path):
     assert len(a) == 5 * 4 + 4 and a == b
     jpegs = [k for k in a if k.endswith(".jpg")]
     assert len(jpegs) == 5 and all(a[k] != c[k] for k in jpegs)
-    assert len({a[k] for k in jpegs}) == 5              # train and val share no picture
+    assert len({a[k] for k in jpegs}) == 5              # train and val share no image
 
 
 def test_a_picture_does_not_change_with_the_number_of_pictures(tmp_path):
@@ -112,7 +112,7 @@ def test_occluded_and_truncated_objects_are_marked(toy):
         for o, (_, box) in zip(tree.iter("object"), objects_of(toy, name)):
             for flag in flags:
                 flags[flag] += int(o.findtext(flag))
-            if o.findtext("truncated") == "1":          # a cut object touches the picture's edge
+            if o.findtext("truncated") == "1":          # a cut object touches the image's edge
                 assert box[0] == 1 or box[1] == 1 or box[2] == 160 or box[3] == 120
     assert all(n >= 3 for n in flags.values()), flags
 

@@ -27,7 +27,7 @@ TINY = ("--recipe small --crop 32 --batch-size 4 --epochs 2 --scale 0.5 1 --work
 
 def grid_candidates(voc, ids, folder):
     """Candidates without a segmentation method: cells of 2x2 pixels, and per object the cells in its box, those of its
-    true mask (both by more than half), and three halves of it. Row 0 is the whole picture."""
+    true mask (both by more than half), and three halves of it. Row 0 is the whole image."""
     names = train_boxsup.class_names(voc)
     mcg_candidates.claim_folder(folder, voc / "JPEGImages", names, "mcg")
     for image_id in ids:
@@ -137,7 +137,7 @@ def test_paint_puts_the_smaller_box_on_top_and_fills_boxes_without_a_segment():
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Oracle(torch.nn.Module):
-    """A network that knows the truth: logits 9 for the true class, at full size; it looks pictures up by their sum."""
+    """A network that knows the truth: logits 9 for the true class, at full size; it looks images up by their sum."""
     def __init__(self, voc, ids, num_classes):
         super().__init__()
         self.unused, self.num_classes, self.truth = torch.nn.Parameter(torch.zeros(1)), num_classes, {}

@@ -1,8 +1,8 @@
 """
 A toy VOC devkit, drawn: textured shapes of five classes on clutter, with exact masks and boxes.
 
-Neither paper uses drawn pictures. This is what lets a newcomer, and every test, run both papers' whole pipelines
-within minutes and without a download. The pictures are made so that boxes and GrabCut go wrong here in the ways
+Neither paper uses synthetic images. This is what lets a newcomer, and every test, run both papers' whole pipelines
+within minutes and without a download. The images are made so that boxes and GrabCut go wrong here in the ways
 that the Box2Seg paper describes for photographs:
 
     fill rates differ by class (Sect. 3.2, Fig. 2)  a ball fills its box, a moon, a star or a leaf does not
@@ -10,7 +10,7 @@ that the Box2Seg paper describes for photographs:
     GrabCut errs (Sect. 3.1)                        two-coloured balls lose a half where it looks like the background,
                                                     and every fourth object is camouflaged: mixed with the colours
                                                     that it lies on. Which objects are hit is chance, so a network
-                                                    that sees many pictures can do better than its labels
+                                                    that sees many images can do better than its labels
     smaller boxes painted last err (Fig. 8a)        mostly the smaller object is in front, but not always
     clutter                                         polygons, bands and lines that are no object, in any colour
 
@@ -23,8 +23,8 @@ Writes: toy/VOCdevkit/VOC2012/
             SegmentationObject/*.png                the same with 1, 2, ... for the XML's first, second, ... object
             ImageSets/Segmentation/{train,val,trainval}.txt
             class_names.txt                         background, ball, moon, star, cross, leaf
-Expect: 480 pictures to train on and 120 to validate, 120x160 pixels, in a few seconds. The same seed gives the same
-        bytes on the same machine; a picture does not change with the number of pictures.
+Expect: 480 images to train on and 120 to validate, 120x160 pixels, in a few seconds. The same seed gives the same
+        bytes on the same machine; an image does not change with the number of images.
 """
 import argparse
 import colorsys
@@ -103,7 +103,7 @@ def colours(name, under, rng):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# one picture
+# one image
 
 def smooth_noise(rng, height, width, cell):
     """Noise of about unit variance whose blobs are `cell` pixels wide: (H, W)."""
@@ -122,7 +122,7 @@ def coverage(polygon, height, width):
 
 
 def paint(picture, alpha, colour):
-    """Colour over picture where alpha says so, in place. (H, W, 3), (H, W), (3,) or (H, W, 3)."""
+    """Colour over image where alpha says so, in place. (H, W, 3), (H, W), (3,) or (H, W, 3)."""
     picture += alpha[..., None] * (np.asarray(colour, np.float32) - picture)
 
 
@@ -158,7 +158,7 @@ def draw_background(rng, height, width):
 
 
 def draw_picture(rng, height, width):
-    """One picture.
+    """One image.
 
     Returns the image (H, W, 3) uint8 RGB, the owner of each pixel (H, W) uint8 (0 background, k the k-th object) and
     the objects: a list of dicts with the class index and whether it is cut by the edge, camouflaged, partly hidden.
@@ -167,7 +167,7 @@ def draw_picture(rng, height, width):
     owner = np.zeros((height, width), np.uint8)
     objects = []
     side = min(height, width)
-    light = rng.uniform(0, 2 * np.pi)                   # one lamp for the picture: shading and shadows agree
+    light = rng.uniform(0, 2 * np.pi)                   # one lamp for the image: shading and shadows agree
 
     radii = np.sort(side * rng.uniform(0.13, 0.34, rng.choice([1, 2, 3, 4], p=[0.25, 0.35, 0.25, 0.15])))
     if rng.random() < 0.8:                              # later ones are painted over earlier ones: the smaller in front
@@ -190,7 +190,7 @@ def draw_picture(rng, height, width):
             polygon = outline(name) @ turn.T + (centre - (x0, y0))
             alpha = coverage(polygon, y1 - y0, x1 - x0)                             # (h, w) of the window
             mask = alpha >= 0.5
-            inside = mask.sum() / cv2.contourArea(polygon.astype(np.float32))       # which part lies in the picture
+            inside = mask.sum() / cv2.contourArea(polygon.astype(np.float32))       # which part lies in the image
             left = [other["area"] - np.sum(mask & (owner[window] == k)) for k, other in enumerate(objects, 1)]
             if inside > 0.55 and all(n > 0.5 * other["whole"] for n, other in zip(left, objects)):
                 break
@@ -263,9 +263,9 @@ def xml(name, size, objects, boxes):
 
 
 def make_toy_voc(directory, images=480, val=120, size=(120, 160), seed=0):
-    """Draw `images` pictures to train on and `val` to validate on, of size (height, width), under directory/VOC2012.
+    """Draw `images` images to train on and `val` to validate on, of size (height, width), under directory/VOC2012.
 
-    Every picture has its own random stream (seed, list, number), so that it does not change with how many are drawn.
+    Every image has its own random stream (seed, list, number), so that it does not change with how many are drawn.
     Returns the path of the VOC2012 folder.
     """
     root = os.path.join(directory, "VOC2012")
@@ -306,15 +306,15 @@ def main():
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Draw a small VOC devkit: textured shapes of five classes on clutter, with exact masks and boxes.")
     parser.add_argument("directory", metavar="DIR", help="the devkit, e.g. toy/VOCdevkit; VOC2012 goes below it")
-    parser.add_argument("--images", type=int, default=480, help="pictures to train on (ours)")
-    parser.add_argument("--val", type=int, default=120, help="pictures to validate on (ours)")
+    parser.add_argument("--images", type=int, default=480, help="images to train on (ours)")
+    parser.add_argument("--val", type=int, default=120, help="images to validate on (ours)")
     parser.add_argument("--size", type=int, nargs=2, default=[120, 160], metavar=("H", "W"), help="pixels (ours)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (ours)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other images (ours)")
     args = parser.parse_args()
     if args.images < 0 or args.val < 0 or min(args.size) < 16:
         parser.error("--images and --val must not be negative, and --size at least 16 16")
     root = make_toy_voc(args.directory, args.images, args.val, tuple(args.size), args.seed)
-    print(f"{args.images} + {args.val} pictures of {args.size[0]}x{args.size[1]} in {root}")
+    print(f"{args.images} + {args.val} images of {args.size[0]}x{args.size[1]} in {root}")
 
 
 if __name__ == "__main__":
