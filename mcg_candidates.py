@@ -1082,14 +1082,15 @@ def read_coco(path, names, masks=False):
     """A COCO instances_*.json -> {id: (boxes [[x, y, width, height], ...], classes [class, ...], size (width, height)
     as the JSON has it)}, ids are the file names' stems; and lines that say what was left out.
 
-    names: class names, background first; a category takes part whose name, in COCO or in VOC, is one of them. Images
-    without a box of these classes are left out. masks: not boxes but COCO's outlines, as coco_mask() takes them, crowds
-    among them as class 255. Raises BadInput.
+    names: class names, background first; a category takes part whose name, in COCO or in VOC, is one of them. An image
+    without anything of these classes is background, and has no box; but where a class has no category of its own, or
+    all of an image's boxes are left out, it may show what is labelled nowhere, and is left out. masks: not boxes but
+    COCO's outlines, as coco_mask() takes them, crowds among them as class 255. Raises BadInput.
     """
     # PAPER SILENT: what COCO's crowd regions count as; as boxes they are left out: one box around many objects, which
     # no segment fits. As masks they are ignored (255): nobody has labelled their pixels one by one.
-    # PAPER SILENT: whether COCO's images with none of the classes are trained on, though 123,287 are counted, which
-    # is all of them; left out: they hold no box.
+    # PAPER SILENT: what COCO's images with none of the classes are trained on as. Table 1 counts all 123,287; as
+    # background, which their boxes of the 80 categories make sure of.
     if not Path(path).is_file():
         raise BadInput(f"no --coco {path}: expected an instances_*.json of COCO")
     try:
@@ -1120,6 +1121,19 @@ def read_coco(path, names, masks=False):
                        "export it again with all its images and categories")
 
     found, left_out, ids = {}, Counter(), {}
+
+    def entry(image):
+        """-> what is found of the image: boxes, classes, size."""
+        file, size = image_of[image]
+        file = os.path.basename(file.replace("\\", "/"))  # never a path from inside the JSON
+        stem = image_id(file, path)
+        if not file.lower().endswith(ENDINGS):
+            raise BadInput(f"{path}: image {image} is {file!r}: expected a name that ends in {', '.join(ENDINGS)}")
+        if ids.setdefault(stem, image) != image:
+            raise BadInput(f"{path}: images {ids[stem]} and {image} both have the name {file}, ending apart: "
+                           "rename one")
+        return found.setdefault(stem, ([], [], size))
+
     for image, category, box, outline, crowd in annotations:
         if len(box) != 4 or not np.isfinite(box).all() or min(box[2:]) < 0:
             raise BadInput(f"{path}: image {image} has the box {box}; expected x, y, width, height: fix it")
@@ -1130,20 +1144,17 @@ def read_coco(path, names, masks=False):
         elif min(box[2:]) == 0 and not masks:
             left_out["boxes of no size"] += 1
         else:
-            file, size = image_of[image]
-            file = os.path.basename(file.replace("\\", "/"))  # never a path from inside the JSON
-            stem = image_id(file, path)
-            if not file.lower().endswith(ENDINGS):
-                raise BadInput(f"{path}: image {image} is {file!r}: expected a name that ends in {', '.join(ENDINGS)}")
-            if ids.setdefault(stem, image) != image:
-                raise BadInput(f"{path}: images {ids[stem]} and {image} both have the name {file}, ending apart: "
-                               "rename one")
-            boxes, kinds, _ = found.setdefault(stem, ([], [], size))
+            boxes, kinds, _ = entry(image)
             boxes.append(outline if masks else box)
             kinds.append(255 if crowd else classes[category])
     notes = [f"{count} {what} left out" for what, count in left_out.most_common()]
     if absent := [name for c, name in enumerate(names) if c and c not in classes.values()]:
         notes.append(f"no category for {', '.join(absent)}; those of the file: {', '.join(name_of.values())}")
+    elif found:
+        shown = {image for image, category, *_ in annotations if category in classes}
+        background = [entry(image) for image in image_of if image not in shown]
+        if background:
+            notes.append(f"{len(background)} of {len(images)} images have nothing of the classes: background")
     if len(found) < len(images):
         notes.append(f"{len(images) - len(found)} of {len(images)} images left out: no box of the classes")
     if not any(c != 255 for _, kinds, _ in found.values() for c in kinds):
@@ -1253,7 +1264,10 @@ def make_one(target, images, name, annotation, names, method, max_candidates):
         boxes, classes, size = annotation
         check_size(size, image.shape[:2], f"the JSON's {picture.name}")
         boxes = coco_boxes(boxes, image.shape[:2], picture)
-    superpixels, members = METHODS[method](image, max_candidates)
+    if len(boxes):
+        superpixels, members = METHODS[method](image, max_candidates)
+    else:                                               # nothing will choose among them
+        superpixels, members = np.zeros(image.shape[:2], np.int32), np.zeros((0, 1), bool)
     write_candidates(target, superpixels, members[:max_candidates], boxes, classes)
     return len(members[:max_candidates]), len(boxes), [] if len(boxes) else ["no box, all background"]
 

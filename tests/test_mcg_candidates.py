@@ -586,7 +586,8 @@ BOXES = [("b.jpg", "tv", [0.4, 1.6, 10.2, 5.0], 0), ("b.jpg", "giraffe", [0, 0, 
 
 
 def test_cocos_boxes_by_hand(tmp_path):
-    """A tv is VOC's tvmonitor; the giraffe is no VOC class; crowds, images of these only, and empty ones are out."""
+    """A tv is VOC's tvmonitor; the giraffe is no VOC class; crowds, images of these only, and empty ones are out. With
+    classes that all have a category, images that show none of them are background; one with a crowd alone is out."""
     found, notes = read_coco(coco_json(tmp_path / "coco.json", BOXES), VOC_CLASSES)
     none = None, None                                   # no size is said
     assert found == {"b": ([[0.4, 1.6, 10.2, 5.0], [-3, 4, 20, 70]], [20, 12], none),
@@ -595,8 +596,15 @@ def test_cocos_boxes_by_hand(tmp_path):
     assert notes[2].startswith("no category for aeroplane, bicycle") and notes[2].endswith(": dog, tv, giraffe")
     assert notes[3] == "3 of 5 images left out: no box of the classes"
     own, notes = read_coco(tmp_path / "coco.json", ["background", "giraffe", "tv"])  # COCO's own names
-    assert own == {"b": ([[0.4, 1.6, 10.2, 5.0], [0, 0, 9, 9]], [2, 1], none), "c": ([[1, 1, 4, 4]], [1], none)}
+    nothing = [], [], none
+    assert own == {"b": ([[0.4, 1.6, 10.2, 5.0], [0, 0, 9, 9]], [2, 1], none), "c": ([[1, 1, 4, 4]], [1], none),
+                   "a": nothing, "d": nothing, "empty": nothing}
     assert not any("no category" in note for note in notes)
+    assert notes[-1] == "3 of 5 images have nothing of the classes: background"
+    dogs, notes = read_coco(tmp_path / "coco.json", ["background", "dog"])
+    assert set(dogs) == {"a", "b", "c", "empty"} and dogs["c"] == dogs["empty"] == nothing
+    assert notes[-2:] == ["2 of 5 images have nothing of the classes: background",
+                          "1 of 5 images left out: no box of the classes"]
     # 0.4 -> 0, 1.6 -> 2, 10.6 -> 11, 6.6 -> 7; -3 and 74 are clipped; 3 .. 3.2 stays one pixel high
     boxes = coco_boxes([*found["b"][0], *found["a"][0]], (40, 60), "here")
     assert boxes.tolist() == [[0, 2, 11, 7], [0, 4, 17, 40], [21, 3, 60, 4]] and boxes.dtype == np.int32
@@ -617,6 +625,7 @@ def test_candidates_of_coco(drawn, tmp_path):
     jpegs = sorted((drawn[0] / "VOC2012/JPEGImages").glob("*.jpg"))
     for name, jpeg in zip("abcd", jpegs):
         shutil.copy(jpeg, images / f"{name}.jpg")
+    shutil.copy(jpegs[0], images / "empty.jpg")
     path, out = coco_json(tmp_path / "coco.json", BOXES), tmp_path / "coco_candidates"
     arguments = ("--coco", path, "--images", images, "--out", out, "--method", "gop", "--workers", 1)
     status, text, error = command_line(*arguments)
@@ -631,7 +640,9 @@ def test_candidates_of_coco(drawn, tmp_path):
     assert "other class_names" in refused(*arguments, "--class-names", tmp_path / "names.txt")
     options = (*arguments, "--class-names", tmp_path / "names.txt", "--out", tmp_path / "own", "--shard", "2/2")
     status, text, error = command_line(*options)
-    assert status == 0 and "made 1," in text and os.path.exists(tmp_path / "own" / "a.npz"), error
+    assert status == 0 and "made 2," in text and os.path.exists(tmp_path / "own" / "a.npz"), error
+    background = read_candidates(tmp_path / "own" / "empty.npz", (40, 60), 3)       # no box, no candidates are made
+    assert background["boxes"].shape == background["candidate_boxes"].shape == (0, 4)
     (images / "a.jpg").unlink()
     (out / "a.npz").unlink()
     status, text, error = command_line(*arguments)
