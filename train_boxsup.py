@@ -65,7 +65,8 @@ SUPERVISION = ("candidates", "rectangles", "grabcut", "masks")
 # PAPER SILENT: a setting for networks that start from scratch; "small" is ours, with the views of train_box2seg.py, and
 # with labels by E_o alone for half of the epochs. A network that still takes everything for background makes E_r
 # smallest for the smallest segment, learns from that that there is nothing but background, and never comes back. Hence
-# a lambda of 1, too: the less sure a network is, the less should its say weigh.
+# a lambda of 1, too: the less sure a network is, the less should its feedback weigh.
+# PAPER SILENT: a setting for photographs without a large GPU; "photos" is ours, the encoder of train_box2seg.py's.
 RECIPES = {
     "paper": dict(backbone="vgg16", pretrained=True, crop=321, batch_size=20, epochs=45, lr_drop=15, lr=1e-3,
                   head_lr=10.0, encoder_lr=1.0, freeze_bn=False, clip_norm=0.0, scale=[1.0, 1.0], colour=0.0,

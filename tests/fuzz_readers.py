@@ -219,6 +219,31 @@ def list_otherwise(data):
     return told
 
 
+def yolo_files():
+    texts = ["0 0.5 0.5 0.25 0.5\n2 0.1 0.2 0.2 0.4\n", "1 0.5 0.5 1 1 0.87\n", "0 0.1 0.1 0.9 0.2 0.8 0.9 0.2 0.7\n",
+             "1 .25 .5 5e-1 1\r\n\r\n0 1.02 0.5 0.1 0.1\r\n", "2 0.1 0.1 0.9 0.1 0.9 0.9 0.1 0.9 0.5\n", "\n"]
+    return [text.encode() for text in texts] + [texts[0].encode("utf-8-sig"), texts[1].encode("utf-16")]
+
+
+def yolo_otherwise(data):
+    """Each row by Decimal: the box around its points, or from its centre and size; nothing else is in the row."""
+    boxes = []
+    for line in re.split("\r\n|\r|\n", decoded(data)):
+        words = [word for word in line.replace("\t", " ").split(" ") if word]
+        if not words:
+            continue
+        if not all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", word, re.A) for word in words):
+            raise Unclear
+        kind, *row = map(Decimal, words)
+        if len(row) < 6:
+            x, y, w, h = row[:4]
+            row = [x - w / 2, y - h / 2, x + w / 2, y + h / 2]
+        xs, ys = row[0:len(row) - len(row) % 2:2], row[1::2]
+        boxes.append((NAMES[1:][int(kind)], *(float(edge) for edge in (min(xs), min(ys), max(xs), max(ys)))))
+    return lambda ours: len(ours) == len(boxes) and all(
+        a[0] == b[0] and np.allclose(a[1:], b[1:], rtol=0, atol=1e-9) for a, b in zip(ours, boxes))
+
+
 def names_files():
     text = "\n".join(NAMES)
     return [text.encode(), text.replace("\n", "\r\n").encode("utf-8-sig"), text.encode("utf-16")]
@@ -458,6 +483,8 @@ READERS = {
              lambda path: mcg_candidates.read_coco(path, NAMES)[0], json_otherwise),
     "list": (list_files, [b"\n", b"\r", b"../", b"/", b"\\", b" ", b".jpg", b" 1", b"\t", b"JPEGImages/", b"C:", b"\0"],
              grabcut_labels.read_list, list_otherwise),
+    "yolo": (yolo_files, [b"\n", b"\r", b" ", b"\t", b"0.5", b"-", b"e1", b"nan", b"inf", b"_", b"9", b"\xd9\xa3"],
+             lambda path: grabcut_labels.yolo_boxes(path, NAMES[1:]), yolo_otherwise),
     "names": (names_files, [b"\n", b"\r", b" ", b"\xc3", b"\0", b"cat"], grabcut_labels.read_names, names_otherwise),
     "png": (png_files, [b"IDAT", b"PLTE", b"tRNS", b"\0\0\0\0", b"eXIf"], grabcut_labels.read_image, png_otherwise,
             rechunked),

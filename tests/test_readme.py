@@ -19,18 +19,20 @@ DOCUMENTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in [RO
                                                                               *sorted((ROOT / "docs").glob("*.md"))]}
 SCRIPTS = sorted(ROOT.glob("*.py"))
 CODE = {path: path.read_text() for path in [*SCRIPTS, *sorted((ROOT / "tests").glob("*.py"))]}
-COMMANDS = {path.name: path for path, text in CODE.items() if "parse_args(" in text and path.stem[:5] != "test_"}
+COMMANDS = {path.name: path for path, text in CODE.items() if "ArgumentParser(" in text and "__main__" in text
+            and path.stem[:5] != "test_"}
 every_document = pytest.mark.parametrize("name", DOCUMENTS)
 
 
 @functools.cache
 def flags_of(script):
     """What --help of a script names. In this process: what scripts import takes longer than all the rest."""
-    shown = io.StringIO()
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(script), "--help"])
         runpy.run_path(str(script), run_name="__main__")
-    return set(re.findall(r"--[a-z][a-z0-9-]*", shown.getvalue()))
+    shown.seek(0)
+    return set(re.findall(r"--[a-z][a-z0-9-]*", shown.read()))
 
 
 def test_open_questions_are_those_of_the_code():
