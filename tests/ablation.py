@@ -167,8 +167,7 @@ def main():
     if args.record and args.record.exists():
         for line in args.record.read_text().splitlines():
             run = json.loads(line)
-            if {key: run["settings"].get(key) for key in settings if key != "data"} == {
-                    key: value for key, value in settings.items() if key != "data"}:
+            if run["settings"] == {key: value for key, value in settings.items() if key != "data"}:
                 (out / f"{run['row']}-{run['seed']}").mkdir(exist_ok=True)
                 (out / f"{run['row']}-{run['seed']}" / "done.json").write_text(json.dumps(run))
     prepare(args, out)
@@ -214,7 +213,7 @@ def main():
                     print(f"{folder}: failed, see {folder}.log", file=sys.stderr, flush=True)
                     continue
                 run = {"row": row, "seed": seed, **read_run(folder), "minutes": round((time.time() - started) / 60, 1),
-                       "settings": settings}
+                       "settings": {key: value for key, value in settings.items() if key != "data"}}
                 (folder / "done.json").write_text(json.dumps(run))
                 if args.record:
                     with open(args.record, "a") as file:

@@ -1,14 +1,19 @@
 """The scripts of tests/ (ablation, candidate_quality, bench, first_picture) as somebody would call them, in small."""
+import argparse
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import ablation as ablation_script
 import first_picture
 import numpy as np
 import pytest
 import torch
+from grabcut_labels import class_names, read_boxes, read_label
 from model import Box2SegNet
 from toy_voc import make_toy_voc
 
@@ -56,6 +61,57 @@ def test_ablation_of_a_row_that_fails_and_of_other_settings(folder):
     assert "--crop 1: expected 32" in (folder / "other" / "rectangles-0.log").read_text()
     call("ablation.py", *flags, folder=folder, status=1)  # the first test's folder: of other flags
     assert not (folder / "runs" / "ablation-boxsup" / "rectangles-0.log").exists()
+
+
+def test_ablation_takes_recorded_runs(folder, tmp_path):
+    """A line of --record stands for a run with the same settings, wherever the data lies; with others it does not."""
+    settings = json.loads((folder / "runs" / "ablation-boxsup" / "settings.json").read_text())
+    del settings["data"]
+    run = {"row": "rectangles", "seed": 3, "miou": 0.123, "masks": [], "settings": settings}
+    record = tmp_path / "runs.jsonl"
+    record.write_text(json.dumps(run) + "\n")
+    flags = ("--data", "VOCdevkit", "--paper", "boxsup", "--rows", "rectangles", "--seeds", 3, "--record", record,
+             "--out", tmp_path / "out", "--", *TINY, "--warm-up", 1)
+    assert "12.3" in call("ablation.py", *flags, folder=folder) and record.read_text().count("\n") == 1
+    record.write_text(json.dumps(run | {"settings": settings | {"recipe": "photos"}}) + "\n")
+    shutil.rmtree(tmp_path / "out")
+    assert "12.3" not in call("ablation.py", *flags, folder=folder)
+    old, new = map(json.loads, record.read_text().splitlines())
+    assert new["settings"] == settings and new["miou"] != 0.123 and new["seed"] == 3 and new["device"] == "cpu"
+
+
+def test_every_row_of_a_table_has_one_budget():
+    """Five epochs each, one of them stage 1's where a row has it; Table 5's rows take the steps of two epochs of all
+    images, those from ImageNet also the five before."""
+    args = argparse.Namespace(paper="box2seg", budget=5, stage_1=1, tune=2)
+    flags = {row: ablation_script.budget_flags(args, row, given) for row, (given, _) in
+             ablation_script.TABLES["box2seg"].items()}
+    assert flags["box2seg"] == flags["affinity"] == ["--pretrain-epochs", 1, "--epochs", 4]
+    assert flags["grabcut"] == flags["mask-aw"] == ["--pretrain-epochs", 0, "--epochs", 5]
+    assert flags["tuned-0.1"] == ["--epochs", 20] and flags["imagenet-0.1"] == ["--epochs", 70]
+    assert flags["tuned-1"] == ["--epochs", 2] and flags["imagenet-1"] == ["--epochs", 7]
+
+
+def test_objects_that_are_missing_from_masks(folder, tmp_path):
+    """Fig. 7: what is missing is background, inside boxes of the training list only; a second call changes nothing."""
+    data, made = folder / "VOCdevkit", tmp_path / "missing" / "VOC2012"
+    ablation_script.without_some_objects(data, None, tmp_path, share=0.5)
+    changed = 0
+    for path in sorted((data / "VOC2012" / "SegmentationClass").glob("*.png")):
+        before, after = read_label(path), read_label(made / "SegmentationClass" / path.name)
+        boxes, classes = read_boxes(data / "VOC2012" / "Annotations" / f"{path.stem}.xml",
+                                    class_names(data / "VOC2012"), before.shape)
+        differs, explained = before != after, np.zeros(before.shape, bool)
+        for (x0, y0, x1, y1), c in zip(boxes, classes):
+            explained[y0:y1, x0:x1] |= before[y0:y1, x0:x1] == c
+        assert (after[differs] == 0).all() and not (differs & ~explained).any()
+        assert not (differs.any() and "val" in path.stem)
+        changed += differs.any()
+    removed, total = map(int, re.findall(r"\d+", (tmp_path / "missing" / "done").read_text()))
+    assert 0 < changed <= removed < total
+    stamp = (tmp_path / "missing" / "done").stat().st_mtime_ns
+    ablation_script.without_some_objects(data, None, tmp_path, share=0.5)
+    assert (tmp_path / "missing" / "done").stat().st_mtime_ns == stamp
 
 
 def test_candidate_quality(folder):
