@@ -23,6 +23,7 @@ import crf
 import evaluate
 import grabcut_labels
 import mcg_candidates
+import model
 import train_boxsup
 from grabcut_labels import (VOC_CLASSES, CannotWrite, check_classes, class_names, find_image, keep_apart,
                             make_labels, read_boxes, read_image, read_label, read_list, require_a_box, require_a_class,
@@ -31,7 +32,7 @@ from mcg_candidates import claim_folder, make_candidates, make_coco_candidates, 
 from toy_voc import make_toy_voc
 
 ROOT = Path(__file__).resolve().parent.parent
-BadInput = tuple(script.BadInput for script in (crf, evaluate, grabcut_labels, mcg_candidates))
+BadInput = tuple(script.BadInput for script in (crf, evaluate, grabcut_labels, mcg_candidates, model))
 NAMES = ["background", "cat", "dog"]
 PIXELS = np.random.default_rng(0).integers(60, 110, (60, 120, 3)).astype(np.uint8)
 PIXELS[10:30, 10:50] = 220, 30, 30                      # the dog
@@ -496,12 +497,12 @@ def test_candidates_of_other_boxes_or_number_are_not_mixed(voc):
 
 
 def test_a_run_does_not_go_on_with_other_labels_or_candidates(tmp_path):
-    """--resume with --labels, --candidates of another make, which the checkpoint's choices do not point into."""
+    """--resume with --label-dir, --candidates of another make, which the checkpoint's choices do not point into."""
     voc = Path(make_toy_voc(tmp_path / "toy", images=4, val=1, size=(40, 48)))
     flags = ("--data", voc, "--recipe", "small", "--crop", 32, "--batch-size", 2, "--epochs", 1, "--val-split", "none",
              "--workers", 0, "--device", "cpu", "--amp", "off")
     for script, other, make in (
-            ("train_box2seg.py", "--labels", lambda out: make_labels(voc, ids, out, 1, working_size=100)),
+            ("train_box2seg.py", "--label-dir", lambda out: make_labels(voc, ids, out, 1, working_size=100)),
             ("train_boxsup.py", "--candidates", lambda out: make_candidates(voc, ids, out, "mcg", 1, 9))):
         ids = read_list(voc / "ImageSets/Segmentation/train.txt")
         status, text = call(script, *flags, "--out", tmp_path / script)

@@ -545,8 +545,9 @@ def test_init_from_other_classes_of_the_same_number_starts_the_last_layer_fresh(
     assert "fresh: segmentation.3.weight, segmentation.3.bias\n" in capsys.readouterr().out
 
 
-def test_after_init_the_network_has_a_say_at_once(toy, tmp_path, whole_run):
-    assert train(toy, tmp_path, "--init", whole_run / "best.pt", "--warm-up", 0, "--epochs", 1, "--top-k", 1) == 0
+def test_after_init_the_networks_feedback_counts_at_once(toy, tmp_path, whole_run):
+    assert train(toy, tmp_path, "--init", whole_run / "best.pt", "--warm-up", 0, "--epochs", 1, "--top-k", 1,
+                 "--min-recognized", 0) == 0
     (update,) = [r for r in log_of(tmp_path) if "labels_of_epoch" in r]
     assert update["cost"] > 1 - update["box_iou"] + 0.01  # E_r is in it
 
