@@ -560,7 +560,7 @@ def claim_folder(folder, images, names, method, **more):
         for key in source:
             if there.get(key, source[key]) != source[key]:  # an older version wrote fewer keys
                 raise BadInput(f"{path}: made with other {key} ({there[key]}, not {source[key]}): repeat that, name "
-                               "another folder (--out; --labels or --candidates when training), or delete this one")
+                               "another folder (--out; --label-dir or --candidates when training), or delete this one")
     if not there or moved:
         with writing(path) as temporary:
             Path(temporary).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")
@@ -699,9 +699,16 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
 
 
 # ---------------------------------------------------------------- boxes from a detector (Sect. 4.2: NoTrain-Det)
-# ==== shared block "COCO's names": equal to the byte in grabcut_labels.py and mcg_candidates.py
+# ==== shared block "COCO's JSON": equal to the byte in grabcut_labels.py and mcg_candidates.py
 COCO_TO_VOC = {"airplane": "aeroplane", "motorcycle": "motorbike", "potted plant": "pottedplant", "couch": "sofa",
                "dining table": "diningtable", "tv": "tvmonitor"}  # VOC's other fourteen have the same name in COCO
+
+
+def once(pairs):
+    """A JSON object's pairs -> dict; of a key that is there twice json would keep the last value alone."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("an object has one key twice")
+    return dict(pairs)
 # ==== end of shared block
 
 
@@ -922,7 +929,7 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
         by_name.setdefault(path.name, []).append(path)
     for file in files:
         try:
-            coco = json.loads(read_text(file))
+            coco = json.loads(read_text(file), object_pairs_hook=once)
             kinds = {kind["id"]: " ".join(str(kind["name"]).split()) for kind in coco["categories"]}
             entries = {one["id"]: (str(one["file_name"]), (one.get("width"), one.get("height")), [])
                        for one in coco["images"]}
@@ -1094,8 +1101,8 @@ def fit_boxes(path, stated, boxes):
 
     height, width = read_image(path).shape[:2]
     notes, fitted, turn, stored = Counter(), [], 1, (width, height)
-    with contextlib.suppress(Exception), Image.open(path) as file:  # odd EXIF, as in read_image
-        turn, stored = file.getexif().get(0x0112, 1), file.size
+    with Image.open(path) as file:
+        turn, stored = orientation(file.info.get("exif", b"")) or 1, file.size
     if not all(says is None or isinstance(says, (int, float)) for says in stated):
         raise BadInput(f"{stated} in the JSON for its width and height: expected numbers")
     if agrees((width, height)):

@@ -1065,10 +1065,9 @@ def read_candidates(path, size=None, num_classes=None):
 
 
 # ---------------------------------------------------------------- boxes from COCO (Tables 1, 4, 5)
-# ==== shared block "COCO's names": equal to the byte in grabcut_labels.py and mcg_candidates.py
+# ==== shared block "COCO's JSON": equal to the byte in grabcut_labels.py and mcg_candidates.py
 COCO_TO_VOC = {"airplane": "aeroplane", "motorcycle": "motorbike", "potted plant": "pottedplant", "couch": "sofa",
                "dining table": "diningtable", "tv": "tvmonitor"}  # VOC's other fourteen have the same name in COCO
-# ==== end of shared block
 
 
 def once(pairs):
@@ -1076,6 +1075,7 @@ def once(pairs):
     if len(dict(pairs)) < len(pairs):
         raise ValueError("an object has one key twice")
     return dict(pairs)
+# ==== end of shared block
 
 
 def read_coco(path, names, masks=False):
@@ -1313,7 +1313,7 @@ def claim_folder(folder, images, names, method, **more):
         for key in source:
             if there.get(key, source[key]) != source[key]:  # an older version wrote fewer keys
                 raise BadInput(f"{path}: made with other {key} ({there[key]}, not {source[key]}): repeat that, name "
-                               "another folder (--out; --labels or --candidates when training), or delete this one")
+                               "another folder (--out; --label-dir or --candidates when training), or delete this one")
     if not there or moved:
         with writing(path) as temporary:
             Path(temporary).write_text(json.dumps(source, indent=1) + "\n", encoding="utf-8")

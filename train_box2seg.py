@@ -138,17 +138,17 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
 
 
 def mean_fill(alpha, B):
-    """What attention fills of a box: Eq. 8, mean over the classes that have boxes. Same arguments, -> scalar."""
+    """What attention fills of a box: Eq. 8, mean over the classes that have boxes. alpha, B as for Eq. 8 -> scalar."""
     present = losses.fill_rate(B, B, alpha.shape[1] + 1)        # (N, L), 1 for a class with a box
     return losses.attention_fill_rate(alpha, B).sum() / present.sum().clamp(min=1)
 
 
 def dead_attention(means):
-    """The remark on an epoch in which attention filled next to nothing, so that L_alpha^fr had 0.9 of its greatest
-    value or more."""
+    """The remark on an epoch in which attention filled next to nothing, so that L_alpha had 0.9 of its greatest value
+    or more."""
     if means.get("eta'", 1.0) < 0.05:
         return ("attention is dead: it fills less than 5 % of the boxes, and L_AW is little more than the background's "
-                "loss; give --lambda-alpha at least 5 times --lambda-aw")
+                "loss; give --lambda-alpha at least 5 times --lambda-aw (with --loss aw-box 50 times)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=BACKBONES, help="(paper: resnet101; default %(default)s)")
     add("--embedding-dim", type=int, default=64, help="d of the embeddings beta (ours: %(default)s)")
-    add("--width", type=int, help="channels of pyramid and decoders (ours: 256, ResNet-18 and 34: 64)")
+    add("--width", type=int, help="channels of pyramid and decoders (ours: 256; the small encoders: 64)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=int, help="of stage 2 (paper: 40; default %(default)s)")

@@ -20,7 +20,8 @@ Writes   in --out:
                             update, every --log-every steps, and each validation
 
 The paper's algorithm (Fig. 1, Sect. 4.3) is **train()** below, in turn over the two sets of variables of Eq. 4:
-    labels    network fixed: each box takes the candidate segment of least cost E_o + lambda E_r, or one of the k best
+    labels    network fixed: each box takes the candidate segment of least cost E_o + lambda E_r (lambda is 0 while the
+              network does not recognize the box, see score_candidates()), or one of the k best
               at random; the segment gets the class of the box, all else is background      **update_labels()**
     network   labels fixed: one epoch of cross-entropy by SGD
 "Our algorithm starts from the step of updating segment labels." The rest of this file says which images have which
@@ -65,7 +66,7 @@ SUPERVISION = ("candidates", "rectangles", "grabcut", "masks")
 # PAPER SILENT: a setting for networks that start from scratch; "small" is ours, with the views of train_box2seg.py, and
 # with labels by E_o alone for half of the epochs. A network that still takes everything for background makes E_r
 # smallest for the smallest segment, learns from that that there is nothing but background, and never comes back. Hence
-# a lambda of 1, too: the less sure a network is, the less should its feedback weigh.
+# a lambda of 1, too. Both were chosen before --min-recognized, and were not measured with it.
 # PAPER SILENT: a setting for photographs without a large GPU; "photos" is ours, the encoder of train_box2seg.py's.
 RECIPES = {
     "paper": dict(backbone="vgg16", pretrained=True, crop=321, batch_size=20, epochs=45, lr_drop=15, lr=1e-3,
@@ -191,8 +192,8 @@ def paint(size, boxes, classes, segments):
     # PAPER SILENT: which of two segments that overlap is on top; that of the smaller box, as for rectangles (and as in
     # Box2Seg), since what lies in front is more often the smaller.
     # DEPARTS: "All other pixels are assigned the background label" (Sect. 4.3), and so is here what a segment covers
-    # outside its box, which is not the object, and which Eq. 3 does not count either: masks of 65.8 mIoU in place of
-    # 64.7 by E_o alone (docs/results.md, "Network feedback").
+    # outside its box, which is not the object, and which Eq. 3 does not count either: masks of 68.9 mIoU in place of
+    # 67.2 (docs/results.md, "Network feedback").
     labels = np.zeros(size, np.uint8)
     for k in larger_first(boxes):
         x0, y0, x1, y1 = boxes[k]
@@ -320,7 +321,7 @@ def report_labels(images, boxed, epoch, scorer, sums, confusion, seconds, args, 
                 f"  {len(boxed) / seconds:5.1f} img/s", flush=True)
     if scorer is not None and box_iou < 0.95 * iou_overlap_only:    # E_o alone has 1, scraps 0.85 and less
         print_rank0("the chosen segments no longer fit their boxes: the network does not know its objects well enough "
-                    "to choose; start again with a longer --warm-up or a smaller --lambda-r", flush=True)
+                    "to choose; start again with a larger --min-recognized or a longer --warm-up", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -528,7 +529,8 @@ def check(args, device, out):
         (min(args.lambda_r, args.head_lr, args.show_images) >= 0,
          "--lambda-r, --head-lr, --show-images: expected 0 or more"),
         (not args.large_fov or args.backbone == "vgg16", "--large-fov goes with --backbone vgg16"),
-        (not args.freeze_bn or args.backbone != "vgg16", "--freeze-bn: VGG-16 has no BatchNorm; leave it out"),
+        (not args.freeze_bn or args.backbone != "vgg16", "--freeze-bn: VGG-16 has no BatchNorm; give --no-freeze-bn"),
+        (0 <= args.min_recognized <= 1, f"--min-recognized {args.min_recognized}: expected a share, 0 to 1"),
         (args.supervision != "masks" or not args.masks_list,
          "--masks-list: with --supervision masks all images have masks")])
 
@@ -600,7 +602,8 @@ def write_rectangles(images, indices, names, keep):
 
 
 def made_from(images, updated, args, names):
-    """What tells the candidates into which choices point, or the GrabCut masks, from those of another folder."""
+    """A fingerprint of the candidates into which choices point, or of the GrabCut masks: tells them from another
+    folder's."""
     if updated:
         last = len(images.ids) - 1
         files = [images.files(index)[2] for index in (last, last - updated // 2, last - updated + 1)]

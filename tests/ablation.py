@@ -148,7 +148,8 @@ def main():
     parser.add_argument("--stage-1", type=int, default=1, metavar="EPOCHS", help="of them (default %(default)s)")
     parser.add_argument("--tune", type=int, default=2, metavar="EPOCHS", help="Table 5: fine-tuning takes as many "
                         "steps as so many epochs of all images (default %(default)s)")
-    parser.add_argument("--record", type=Path, metavar="FILE", help="keeps the finished runs, a line of JSON each")
+    parser.add_argument("--record", type=Path, metavar="FILE", help="keeps the finished runs, a line of JSON each; "
+                        "one file for each data set")
     parser.add_argument("--jobs", type=int, default=1 if torch.cuda.is_available() else os.cpu_count(), metavar="N",
                         help="runs side by side (default here: %(default)s)")
     parser.add_argument("rest", nargs="*", help="after --: flags of the training script")

@@ -18,7 +18,7 @@ from toy_voc import make_toy_voc
 
 import losses
 import train_box2seg
-from model import batches, load_network, mixed_precision, random_crop, validate
+from model import BadInput, batches, load_network, mixed_precision, random_crop, validate
 from train_box2seg import ROWS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_box2seg.py"
@@ -136,14 +136,18 @@ def test_recipes_hold_attention_but_for_the_printed_weights():
 
 def test_encoder_rate_and_batch_norm_at_rest(toy, tmp_path):
     """--encoder-lr 0 leaves the encoder's weights as they came, --freeze-bn its statistics too."""
-    train(toy, tmp_path / "start", "--loss", "grabcut", "--epochs", 1, "--lr", 0)
-    train(toy, tmp_path / "run", "--loss", "grabcut", "--epochs", 1, "--encoder-lr", 0, "--freeze-bn")
+    train(toy, tmp_path / "start", "--loss", "grabcut", "--epochs", 1)
+    train(toy, tmp_path / "run", "--loss", "grabcut", "--epochs", 1, "--encoder-lr", 0, "--freeze-bn", "--init",
+          tmp_path / "start" / "last.pt")
     start, run = (torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("start", "run"))
     encoder = {key for key in run["model"] if key.startswith("encoder.")}
     parameters = {key for key in encoder if not key.endswith(("running_mean", "running_var", "num_batches_tracked"))}
     assert parameters and all(torch.equal(run["model"][key], start["model"][key]) for key in parameters)
     assert not torch.equal(run["model"]["fuse.0.weight"], start["model"]["fuse.0.weight"])
-    assert all((run["model"][key] == (1 if key.endswith("var") else 0)).all() for key in encoder - parameters)
+    assert all(torch.equal(run["model"][key], start["model"][key]) for key in encoder - parameters)
+    assert not torch.equal(run["model"]["fuse.1.running_mean"], start["model"]["fuse.1.running_mean"])
+    with pytest.raises(BadInput, match="--freeze-bn: a network from scratch .* --no-freeze-bn"):
+        train(toy, tmp_path / "scratch", "--freeze-bn")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

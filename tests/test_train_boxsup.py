@@ -322,7 +322,7 @@ def test_scraps_are_reported(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(losses, "candidate_cost", lambda *a, boxes, candidate_boxes, **k: -losses.overlap_cost(
         boxes, candidate_boxes))
     assert train(toy, tmp_path / "scraps", "--epochs", 2) == 0
-    assert "a longer --warm-up or a smaller --lambda-r" in capsys.readouterr().out
+    assert "a larger --min-recognized or a longer --warm-up" in capsys.readouterr().out
 
 
 def test_segments_and_crops_are_drawn_independently(toy, tmp_path, monkeypatch):
