@@ -361,6 +361,27 @@ def test_exif(tmp_path, turn):
         fit_boxes(tmp_path / "a.png", (2 * W, 2 * H), [upright])
 
 
+def test_an_odd_tag_hides_no_orientation(tmp_path):
+    """A tag of the wrong type stands before the orientation: boxes are turned and told as if it did not."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "words"
+    odd = exif.tobytes().replace(b"\x01\x0e\0\x02", b"\x87\x69\0\x02")
+    Image.fromarray(np.full((H, W, 3), 40, np.uint8)).save(tmp_path / "a.jpg", exif=odd)
+    size, boxes, notes = fit_boxes(tmp_path / "a.jpg", (W, H), [("cat", 5, 10, 35, 20)])
+    assert size == (W, H) and boxes[0][1:] != (5, 10, 35, 20) and "turned, as EXIF" in next(iter(+notes))
+    assert fit_boxes(tmp_path / "a.jpg", (), [("cat", 0.1, 0.1, 0.9, 0.9)])[2].total() == 1
+
+
+def test_a_key_twice_is_refused(tmp_path):
+    """json keeps the last value of a key that an object has twice; which one is meant nobody can tell."""
+    image(tmp_path / "images" / "a.jpg")
+    text(tmp_path / "x.json", '{"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [{"id": 1, "name": "cat"}], '
+         '"annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9], "bbox": [20, 20, 9, 9]}]}')
+    code, _, err = command_line("--coco", tmp_path / "x.json", "--images", tmp_path / "images", "--data",
+                                tmp_path / "d")
+    assert code == 2 and "one key twice" in err and not (tmp_path / "d").exists()
+
+
 def test_sizes(tmp_path):
     path, box = image(tmp_path / "a.jpg"), [("cat", 0, 0, 9, 9)]
     for stated in ((W, H), (W - 1, H + 1), (0, 0), (None, None), (float(W), None)):
