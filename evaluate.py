@@ -1047,8 +1047,8 @@ def main(argv):
 
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default here: %(default)s)")
-    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"],
-        help="mixed precision; auto: bf16 on CUDA, off on the CPU (ours: %(default)s)")
+    add("--amp", default="off", choices=["auto", "bf16", "fp16", "off"], help="mixed precision; off: float32, so that "
+        "scores are the same on every machine; auto: bf16 on CUDA (ours: %(default)s)")
     add("--workers", type=int, default=os.cpu_count(), help="CRFs at a time on the CPU, each on one core (default "
         "here: %(default)s)")
     args = parser.parse_args(argv)

@@ -693,6 +693,15 @@ def load_network(path, device="cpu"):
 
 # ---- test time ------------------------------------------------------------------------------------------------------
 
+def full_size_logits(network, image, scale):
+    """An image (H, W, 3) uint8 tensor -> logits at its own size, (C, H, W) float32, on the network's device."""
+    x = normalize(image[None].to(next(network.parameters()).device))            # (1, 3, H, W)
+    H, W = x.shape[2:]
+    if scale != 1:
+        x = F.interpolate(x, (max(1, round(scale * H)), max(1, round(scale * W))), mode="bilinear", antialias=True)
+    return F.interpolate(network(x).float(), (H, W), mode="bilinear")[0]
+
+
 def predict(model, image, scales=(1.0,), flip=False):
     """
     Class probabilities of one image at its own resolution: (C, H, W) float32 on the model's device, sum 1 per pixel.

@@ -51,10 +51,10 @@ from mcg_candidates import (check_classes, class_names, find_image, find_voc, la
                             read_image, read_label, read_list, read_source, require_a_box, require_a_class,
                             voc_palette, write_label)
 from model import (BACKBONES, BadInput, Box2SegNet, DeepLabVGG16, Interrupted, Progress, add_common_arguments, barrier,
-                   catch_interrupts, check_arguments, check_images, download_voc, evaluating, finish, in_parallel,
-                   make_optimizer, mixed_precision, normalize, parse, pick_device, place_network, print_rank0,
-                   random_crop, rank_and_world, resume_run, run_script, save_checkpoint, seed_of, sgd_step, start_log,
-                   start_processes, validate, write_log)
+                   catch_interrupts, check_arguments, check_images, download_voc, evaluating, finish, full_size_logits,
+                   in_parallel, make_optimizer, mixed_precision, normalize, parse, pick_device, place_network,
+                   print_rank0, random_crop, rank_and_world, resume_run, run_script, save_checkpoint, seed_of, sgd_step,
+                   start_log, start_processes, validate, write_log)
 
 # mIoU on val in the paper. Table 1: boxes only 62.0, 1,464 masks and 9,118 boxes 63.5, masks only 63.8.
 # Table 2: rectangles 52.3, GrabCut 55.2, without sampling (--top-k 1) 59.7. Table 3: SS 59.5, GOP 60.4, MCG 62.0.
@@ -239,15 +239,6 @@ def score_candidates(network, image, c, image_id, args):
     if not np.isfinite(cost).all():
         raise BadInput(f"Eq. 4 is not finite for {image_id}: stopped; try a lower --lr")
     return cost
-
-
-def full_size_logits(network, image, scale):
-    """An image (H, W, 3) uint8 tensor -> logits at its own size, (C, H, W) float32, on the network's device."""
-    x = normalize(image[None].to(next(network.parameters()).device))            # (1, 3, H, W)
-    H, W = x.shape[2:]
-    if scale != 1:
-        x = F.interpolate(x, (max(1, round(scale * H)), max(1, round(scale * W))), mode="bilinear", antialias=True)
-    return F.interpolate(network(x).float(), (H, W), mode="bilinear")[0]
 
 
 def measure(choice, cost, overlap, previous, top_k):

@@ -36,8 +36,8 @@ import losses
 from grabcut_labels import grabcut
 from mcg_candidates import (METHODS, BadInput, box_iou, candidates_folder, class_names, find_image, find_voc,
                             read_boxes, read_candidates, read_image, read_label, read_list, tight_boxes)
-from model import load_network
-from train_boxsup import choose, full_size_logits, paint, segments_of, truth_file
+from model import full_size_logits, load_network
+from train_boxsup import choose, paint, segments_of, truth_file
 
 
 def object_scores(superpixels, members, truth, kind, box):

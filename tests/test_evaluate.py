@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -222,6 +223,12 @@ def test_scales_and_flip_reach_predict(toy, checkpoint, tmp_path):
     saved = png(tmp_path / "toy_val_00000.png")
     assert (saved == predict(network, image, (0.5, 1.5), True).argmax(0).numpy()).mean() > 0.999
     assert (saved == predict(network, image).argmax(0).numpy()).mean() < 0.99
+
+
+def test_scores_are_float32_unless_amp_asks(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    assert re.search(r"off: float32, so that.*\(ours: off\)", " ".join(capsys.readouterr().out.split()))
 
 
 def test_bf16(toy, checkpoint, tmp_path):
