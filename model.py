@@ -98,8 +98,6 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
-import losses
-
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_lite0")
 BINS = (1, 2, 3, 6)                           # side of the pooled maps: PSPNet's and UPerNet's
 
@@ -1165,10 +1163,11 @@ def evaluating(network):
         torch.backends.cudnn.benchmark = benchmark
 
 
-def validate(network, ids, read_pair, scale):
-    """mIoU in 0..1 over the list, at the images' own resolution; each process takes its share of the images.
+def validate(network, ids, read_pair, scale, confusion_matrix):
+    """Confusion matrix (C, C) over the list, at the images' own resolution; each process takes its share of the images.
 
-    read_pair: id -> image (H, W, 3), true labels (H, W), uint8 arrays; scale: that at which the network sees the image.
+    read_pair: id -> image (H, W, 3), true labels (H, W), uint8 arrays; scale: that at which the network sees the image;
+    confusion_matrix: losses.confusion_matrix, handed in so that this file needs none of ours.
     """
     (rank, world), device = rank_and_world(), next(network.parameters()).device
     C = network.arch["num_classes"]
@@ -1176,10 +1175,10 @@ def validate(network, ids, read_pair, scale):
     with evaluating(network):
         for image, truth in map(read_pair, ids[rank::world]):
             prediction = predict(network, image, scales=(scale,)).max(0).indices             # in float32
-            confusion += losses.confusion_matrix(prediction, torch.from_numpy(truth).to(device), C)
+            confusion += confusion_matrix(prediction, torch.from_numpy(truth).to(device), C)
     if world > 1:
         dist.all_reduce(confusion)
-    return losses.iou(confusion).nanmean().item()
+    return confusion
 
 
 def finish(out, best):

@@ -403,7 +403,8 @@ def main(argv):
                             cuda_rng=torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
 
         def score():
-            return validate(network, val_ids, read, args.val_scale)
+            confusion = validate(network, val_ids, read, args.val_scale, losses.confusion_matrix)
+            return losses.iou(confusion).nanmean().item()
 
         progress = Progress(args, out, save, score if stage == 2 and val_ids else None, interrupted,
                             title=f"stage {stage}", where={"stage": stage}, step=step, epochs=epochs,

@@ -696,7 +696,8 @@ def main(argv):
                         boxes_of=torch.tensor([len(choice) for choice in held], dtype=torch.int64, device="cpu"))
 
     def score():
-        return validate(network, val_ids, partial(read_pair, voc, len(names)), args.val_scale)
+        read = partial(read_pair, voc, len(names))
+        return losses.iou(validate(network, val_ids, read, args.val_scale, losses.confusion_matrix)).nanmean().item()
 
     progress = Progress(args, out, save, score if val_ids else None, catch_interrupts(), title="train", where={},
                         step=step, epochs=args.epochs, per_epoch=n // args.batch_size, best=best)

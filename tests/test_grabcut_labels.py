@@ -1,6 +1,5 @@
 """grabcut_labels.py: boxes by hand, masks of synthetic images, interrupted runs, bad input by command line."""
 import json
-import os
 import shutil
 import signal
 import subprocess
