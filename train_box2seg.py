@@ -283,10 +283,12 @@ def parse_arguments(argv):
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--crop", type=int, help="side of the training crops, pixels (ours: 321; default %(default)s)")
-    add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="random scale (ours: 0.5 2)")
-    add("--colour", type=float, default=0.3, help="random brightness, contrast, saturation of 1 +- this (ours: 0.3)")
+    add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="random scale (ours: 0.5 2; default "
+        "%(default)s)")
+    add("--colour", type=float, default=0.3, help="random brightness, contrast, saturation of 1 +- this (ours: "
+        "%(default)s)")
     add("--val-scale", type=float, help="validation images go through the network "
-        "at this scale; scores are at full size (ours: 1)")
+        "at this scale; scores are at full size (ours: 1; default %(default)s)")
     return parse(parser, RECIPES, argv)
 
 

@@ -499,10 +499,12 @@ def parse_arguments(argv):
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--crop", type=int, help="side of the training crops, pixels (baseline: 321; default %(default)s)")
-    add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="random scale (baseline: 1 1)")
-    add("--colour", type=float, help="random brightness, contrast, saturation of 1 +- this (baseline: 0)")
+    add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="random scale (baseline: 1 1; default "
+        "%(default)s)")
+    add("--colour", type=float, help="random brightness, contrast, saturation of 1 +- this (baseline: 0; default "
+        "%(default)s)")
     add("--val-scale", type=float, help="in validation and label updates images go through the network "
-        "at this scale; scores and segments are at full size (ours: 1)")
+        "at this scale; scores and segments are at full size (ours: 1; default %(default)s)")
 
     add = parser.add_argument_group("masks.png").add_argument
     add("--show-epochs", type=int, nargs="*", default=[1, 5, 20], metavar="E", help="epochs whose masks are "
@@ -593,17 +595,17 @@ def write_rectangles(images, indices, names, keep):
 
 
 def made_from(images, updated, args, names):
-    """A fingerprint of the candidates into which choices point, or of the GrabCut masks: tells them from another
+    """Fingerprints of the candidates into which choices point, and of the GrabCut masks: they tell both from another
     folder's."""
+    made, folder = {}, Path(args.grabcut or images.voc / "GrabCutMasks")
     if updated:
         last = len(images.ids) - 1
         files = [images.files(index)[2] for index in (last, last - updated // 2, last - updated + 1)]
-        return zlib.crc32(b"".join(path.read_bytes() for path in files))
-    folder = Path(args.grabcut or images.voc / "GrabCutMasks")
+        made["candidates"] = zlib.crc32(b"".join(path.read_bytes() for path in files))
     if args.supervision == "grabcut" and (folder / "source.json").exists():
         check_classes(folder, names)
-        return {key: value for key, value in read_source(folder).items() if key != "images"}
-    return None
+        made["grabcut"] = {key: value for key, value in read_source(folder).items() if key != "images"}
+    return made
 
 
 def build_network(args, num_classes, weights, pretrained):

@@ -366,6 +366,22 @@ def test_extra_boxes_join_in(toy, tmp_path, capsys):
         train(toy, tmp_path / "again", "--extra", tmp_path / "nowhere")
 
 
+def test_grabcut_masks_are_told_apart_beside_extra_boxes(toy, tmp_path):
+    """On --resume, too: the candidates of --extra and the GrabCut masks each have a fingerprint."""
+    other = draw(tmp_path, 5, 1) / "VOC2012" / "Candidates-mcg"
+    ids = read_list(toy / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt")
+    for i in ids:
+        train_boxsup.write_label(tmp_path / f"{i}.png", np.full((48, 64), 3))
+    source = {"images": "JPEGImages", "class_names": train_boxsup.class_names(toy / "VOC2012"), "method": "grabcut"}
+    (tmp_path / "source.json").write_text(json.dumps(source))
+    flags = ["--supervision", "grabcut", "--grabcut", tmp_path, "--extra", other]
+    assert train(toy, tmp_path / "out", *flags) == 0
+    assert train_boxsup.main(["--resume", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    (tmp_path / "source.json").write_text(json.dumps(source | {"min_fill": 0.5}))
+    with pytest.raises(train_boxsup.BadInput, match="other candidates or GrabCut masks"):
+        train_boxsup.main(["--resume", "--out", str(tmp_path / "out"), "--device", "cpu"])
+
+
 def test_extra_masks_join_in(toy, tmp_path, capsys, monkeypatch):
     """mcg_candidates.py --masks: trained on as they are, before boxes, which alone get candidates."""
     other, boxes = (draw(tmp_path / name, 5, seed) / "VOC2012" for name, seed in (("a", 1), ("b", 2)))
