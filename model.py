@@ -764,6 +764,9 @@ def run_script(main, script, user_errors, choose):
     except OSError as error:                              # a full disk, a folder that may not be written
         print(f"{script}: {error}: choose another {choose}", file=sys.stderr)
         return 2
+    except torch.OutOfMemoryError as error:               # of a GPU; of the machine's memory it is a RuntimeError
+        print(f"{script}: {str(error).split('. ')[0]}: give a smaller --batch-size or --crop", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:     # before the first step, or the second one, or with several processes
         print(f"{script}: interrupted", file=sys.stderr)
         return 130

@@ -385,16 +385,15 @@ def costs(c):
     def dense():
         log_y, K = results["logits"].log_softmax(0), len(boxes)
         windows, kinds = [np.s_[y0:y1, x0:x1] for x0, y0, x1, y1 in boxes.tolist()], classes.tolist()
-        covered = torch.zeros_like(superpixels)
-        for window in windows:
-            covered[window] += 1
+        owner = torch.full_like(superpixels, -1)        # of a pixel in several boxes: the smallest
+        for k in mcg_candidates.larger_first(read[name][0]):
+            owner[windows[k]] = k
         cost = torch.empty(K, len(members), device=c.device)
         for n in range(len(members)):
             mask = members[n][superpixels]                                          # (H, W)
             for k, window in enumerate(windows):
                 e = -torch.where(mask[window], log_y[kinds[k]][window], log_y[0][window])
-                alone = covered[window] == 1
-                cost[k, n] = (e * alone).sum() / mask.numel()
+                cost[k, n] = (e * (owner[window] == k)).sum() / mask.numel()
         results["dense"] = cost
 
     forward()

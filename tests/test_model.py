@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import losses
 import model
 from model import (Box2SegNet, DeepLabVGG16, average_pool, format_report, load_encoder, load_matching, load_network,
-                   normalize, pick_device, predict, thin_out_vgg16)
+                   normalize, pick_device, predict, run_script, thin_out_vgg16)
 
 
 @pytest.fixture(autouse=True)
@@ -923,6 +923,14 @@ def test_vgg_checkpoint_and_predict(tmp_path, vgg):
     with pytest.raises(ValueError, match="other.pt: .*train_boxsup.py") as caught:
         load_network(tmp_path / "other.pt")
     assert "\n" not in str(caught.value)
+
+
+def test_a_gpu_out_of_memory_is_one_line(capsys):
+    def main(_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 79 GiB of which ...")
+
+    assert run_script(main, "train.py", [], "--out") == 2
+    assert capsys.readouterr().err == "train.py: CUDA out of memory: give a smaller --batch-size or --crop\n"
 
 
 def test_on_a_gpu_nothing_is_made_on_the_cpu():
