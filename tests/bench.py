@@ -565,7 +565,6 @@ def amp(c):
     if c.device == "cuda":
         variants |= {"channels_last": dict(amp="off"), "fp16": dict(amp="fp16", channels_last=False),
                      "bf16 channels_last": dict(amp="bf16"), "fp16 channels_last": dict(amp="fp16"),
-                     "compile": dict(amp="off", channels_last=False, compiled=True),
                      "bf16 channels_last compile": dict(amp="bf16", compiled=True)}
     images, B, M = random_batch(c, c.batch, c.crop)
     rows = []
