@@ -694,7 +694,8 @@ def test_crf_refines_what_is_scored_and_saved(toy, checkpoint, tmp_path):
     for name, flags in {"plain": [], "crf": ["--crf"], "alone": ["--crf", "--workers", 0],
                         "strong": ["--crf", "vgg16", "--crf-w", 9, "--crf-iterations", 3]}.items():
         folders[name] = tmp_path / name
-        status, out, error = run("--data", toy, "--checkpoint", checkpoint, "--save-png", folders[name], *flags)
+        status, out, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--save-png",
+                                 folders[name], *flags)
         assert status == 0, error
     changed = 0
     for path in folders["plain"].iterdir():
@@ -711,24 +712,25 @@ def test_crf_refines_what_is_scored_and_saved(toy, checkpoint, tmp_path):
 
 def test_crf_search_scores_each_parameter_set_as_evaluation_does(toy, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "GRID", {"xy": (20, 40), "rgb": (5,), "w": (1, 6)})
-    status, out, error = run("--data", toy, "--checkpoint", checkpoint, "--crf-search", 2, "--workers", 0,
-                             "--json", tmp_path / "a.json")
+    status, out, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--crf-search", 2,
+                             "--workers", 0, "--json", tmp_path / "a.json")
     assert status == 0, error
     found = json.loads((tmp_path / "a.json").read_text())
     assert len(found) == 5 and [one["miou"] for one in found] == sorted((one["miou"] for one in found), reverse=True)
     assert out.count("the preset") == 1 and f"--crf-w {found[0]['w']:g} --crf-xy {found[0]['xy']:g}" in out
     for one in found:
-        status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--crf", "--crf-w", one["w"], "--crf-xy",
-                               one["xy"], "--crf-rgb", one["rgb"], "--json", tmp_path / "b.json", "--workers", 0)
+        status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--crf", "--crf-w", one["w"],
+                               "--crf-xy", one["xy"], "--crf-rgb", one["rgb"], "--json", tmp_path / "b.json",
+                               "--workers", 0)
         assert status == 0, error
         assert json.loads((tmp_path / "b.json").read_text())["miou"] == pytest.approx(one["miou"], abs=1e-12)
 
 
 def test_crf_and_bad_input(toy, checkpoint, copy, tmp_path):
     assert run("--data", toy, "--labels", toy / "BoxMasks", "--crf")[0] == 2
-    assert run("--data", toy, "--checkpoint", checkpoint, "--crf", "--crf-w", 0)[0] == 2
+    assert run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--crf", "--crf-w", 0)[0] == 2
     name = sorted((copy / "JPEGImages").iterdir())[-1]  # of val
     name.write_bytes(name.read_bytes()[:200])
     for flags in (["--workers", 2], ["--workers", 0]):
-        status, out, error = run("--data", copy, "--checkpoint", checkpoint, "--crf", *flags)
+        status, out, error = run("--data", copy, "--checkpoint", checkpoint, "--device", "cpu", "--crf", *flags)
         assert status == 1 and name.stem in error and "1 images" in out
