@@ -209,10 +209,10 @@ def test_one_process_over_nccl(script, toy, tmp_path):
 def test_out_of_memory_and_kill_9(script, toy, tmp_path):
     """One line with the remedy where memory runs out; and what a killed process left goes on."""
     command = [sys.executable, ROOT / f"{script.__name__}.py", "--data", toy, *FLAGS[script], "--amp", "off"]
-    small = f"import torch; torch.cuda.set_per_process_memory_fraction(0.002); import sys; sys.argv = sys.argv[1:]; " \
-            "import runpy; runpy.run_path(sys.argv[0], run_name='__main__')"
+    small = ("import runpy, sys, torch; torch.cuda.set_per_process_memory_fraction(0.002); sys.argv = sys.argv[1:]; "
+             "runpy.run_path(sys.argv[0], run_name='__main__')")
     ended = subprocess.run([sys.executable, "-c", small, *map(str, command[1:]), "--out", tmp_path / "full", "--crop",
-                            "1025"], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+                            "1025"], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert ended.returncode == 2 and "Traceback" not in ended.stderr, ended.stderr
     assert "--batch-size" in ended.stderr.splitlines()[-1]
 
