@@ -164,7 +164,8 @@ def main():
                 "budget": args.budget, "stage_1": args.stage_1, "tune": args.tune, "flags": args.rest}
     if (out / "settings.json").exists() and (was := json.loads((out / "settings.json").read_text())) != settings:
         sys.exit(f"{out} holds runs with other settings ({was}): name another --out")
-    (out / "settings.json").write_text(json.dumps(settings))
+    if not (out / "settings.json").exists():  # another command may be reading it
+        (out / "settings.json").write_text(json.dumps(settings))
     if args.record and args.record.exists():
         for line in args.record.read_text().splitlines():
             run = json.loads(line)
