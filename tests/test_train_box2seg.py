@@ -342,7 +342,8 @@ def test_mixed_precision_follows_float32(toy, tmp_path, amp):
     curves = [[r["L"] for r in log_of(tmp_path / name) if "L" in r] for name in ("off", amp)]
     assert curves[0] != curves[1] and np.allclose(*curves, rtol=0.1)
     scaler = torch.load(tmp_path / amp / "last.pt", weights_only=True)["scaler"]
-    assert not scaler if amp == "bf16" else scaler["scale"] >= 1 and scaler["_growth_tracker"] > 0  # steps taken
+    # A step that overflows halves the scale, and how many do depends on the processor; not all may.
+    assert not scaler if amp == "bf16" else scaler["scale"] > 2 ** (16 - len(curves[1]))
 
 
 def test_scores_are_computed_in_float32(toy, tmp_path, monkeypatch):
