@@ -162,10 +162,10 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     settings = {"paper": args.paper, "data": args.data, "recipe": args.recipe, "split": args.split,
                 "budget": args.budget, "stage_1": args.stage_1, "tune": args.tune, "flags": args.rest}
-    if (out / "settings.json").exists() and (was := json.loads((out / "settings.json").read_text())) != settings:
-        sys.exit(f"{out} holds runs with other settings ({was}): name another --out")
-    if not (out / "settings.json").exists():  # another command may be reading it
+    if not (out / "settings.json").exists():  # never written anew: another command may be reading it
         (out / "settings.json").write_text(json.dumps(settings))
+    elif (was := json.loads((out / "settings.json").read_text())) != settings:
+        sys.exit(f"{out} holds runs with other settings ({was}): name another --out")
     if args.record and args.record.exists():
         for line in args.record.read_text().splitlines():
             run = json.loads(line)

