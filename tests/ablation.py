@@ -11,9 +11,11 @@ Each row is one command, such as `train_box2seg.py --loss ROW --seed SEED`, whos
 output goes to OUT/ROW-SEED.log. The score is that of the last epoch, not of the best one: choosing the best epoch on
 the images that are reported would flatter every row. A second call runs only what is missing, and goes on with what
 was interrupted. Without a GPU as many runs go on side by side as there are cores, one core each, which does more than
-one run on all of them. --record FILE keeps every finished run as a line of JSON, and takes what is there for done.
+one run on all of them. --record FILE keeps every finished run as a line of JSON, and takes what is there for done
+where all its arguments are the same: those given, and the defaults of its day.
 """
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -69,6 +71,23 @@ def budget_flags(args, row, flags):
         return ["--epochs", round(epochs / float(flags[flags.index("--masks") + 1]))]
     first = args.stage_1 if row in ("affinity", "box2seg") else 0
     return ["--pretrain-epochs", first, "--epochs", args.budget - first]
+
+
+def flags_of(args, row):
+    """The flags of a row's run, all but its seed, and those that say where files lie and how the run is watched."""
+    flags = TABLES[args.paper][row][0]
+    return list(map(str, ["--recipe", args.recipe, *(["--split", args.split] if args.split else []), *flags,
+                          *budget_flags(args, row, flags), *args.rest]))
+
+
+def arguments_of(args, row):
+    """{name: value}: all that the training script makes of these flags, defaults included. Runs of one seed with the
+    same arguments are the same run, wherever their files lie."""
+    arguments = vars(importlib.import_module(f"train_{args.paper}").parse_arguments(flags_of(args, row))[0])
+    elsewhere = ("data", "download", "out", "resume", "overwrite", "seed", "device", "workers", "log_every",
+                 "save_every", "val_every")
+    data = "MISSING" if row.endswith("missing") else "data"
+    return {"data": data} | {name: value for name, value in arguments.items() if name not in elsewhere}
 
 
 def read_run(folder):
@@ -160,16 +179,16 @@ def main():
         parser.error(f"--rows {' '.join(sorted(unknown))}: known are {' '.join(table)}")
     out = Path(args.out or f"runs/ablation-{args.paper}")
     out.mkdir(parents=True, exist_ok=True)
-    settings = {"paper": args.paper, "data": args.data, "recipe": args.recipe, "split": args.split,
-                "budget": args.budget, "stage_1": args.stage_1, "tune": args.tune, "flags": args.rest}
-    if not (out / "settings.json").exists():  # never written anew: another command may be reading it
-        (out / "settings.json").write_text(json.dumps(settings))
-    elif (was := json.loads((out / "settings.json").read_text())) != settings:
-        sys.exit(f"{out} holds runs with other settings ({was}): name another --out")
+    arguments = {row: arguments_of(args, row) for row in table}
+    settings, here = {"paper": args.paper, "data": args.data, "arguments": arguments}, out / "settings.json"
+    if not here.exists():  # never written anew: another command may be reading it
+        here.write_text(json.dumps(settings))
+    elif json.loads(here.read_text()) != settings:
+        sys.exit(f"{out} holds runs with other settings (see {here}): name another --out")
     if args.record and args.record.exists():
         for line in args.record.read_text().splitlines():
             run = json.loads(line)
-            if run["settings"] == {key: value for key, value in settings.items() if key != "data"}:
+            if run["paper"] == args.paper and run["arguments"] == arguments[run["row"]]:
                 (out / f"{run['row']}-{run['seed']}").mkdir(exist_ok=True)
                 (out / f"{run['row']}-{run['seed']}" / "done.json").write_text(json.dumps(run))
     prepare(args, out)
@@ -183,11 +202,9 @@ def main():
                 command += ["--resume"]
             else:
                 flags = [flag.replace("OUT", str(out)).replace("SEED", str(seed)).replace("MISSING", f"{out}/missing")
-                         for flag in table[row][0]]
-                command += ["--data", args.data, "--recipe", args.recipe, "--seed", seed,
-                            "--val-every", 1000,  # the last epoch alone
-                            *(["--split", args.split] if args.split else []), *flags,
-                            *budget_flags(args, row, flags), *(["--workers", 0] if args.jobs > 1 else []), *args.rest]
+                         for flag in flags_of(args, row)]
+                command += ["--data", args.data, "--seed", seed, "--val-every", 1000,  # the last epoch alone
+                            *(["--workers", 0] if args.jobs > 1 else []), *flags]
             if not (folder / "done.json").exists():
                 waiting.append((row, seed, list(map(str, command))))
 
@@ -214,8 +231,8 @@ def main():
                     failed.append(folder)
                     print(f"{folder}: failed, see {folder}.log", file=sys.stderr, flush=True)
                     continue
-                run = {"row": row, "seed": seed, **read_run(folder), "minutes": round((time.time() - started) / 60, 1),
-                       "settings": {key: value for key, value in settings.items() if key != "data"}}
+                run = {"paper": args.paper, "row": row, "seed": seed, **read_run(folder),
+                       "minutes": round((time.time() - started) / 60, 1), "arguments": arguments[row]}
                 (folder / "done.json").write_text(json.dumps(run))
                 if args.record:
                     with open(args.record, "a") as file:

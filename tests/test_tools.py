@@ -64,20 +64,22 @@ def test_ablation_of_a_row_that_fails_and_of_other_settings(folder):
 
 
 def test_ablation_takes_recorded_runs(folder, tmp_path):
-    """A line of --record stands for a run with the same settings, wherever the data lies; with others it does not."""
+    """A line of --record stands for a run with the same arguments, wherever the data lies; one other argument, if only
+    a default that has changed since, and it does not."""
     settings = json.loads((folder / "runs" / "ablation-boxsup" / "settings.json").read_text())
-    del settings["data"]
-    run = {"row": "rectangles", "seed": 3, "miou": 0.123, "masks": [], "settings": settings}
+    arguments = settings["arguments"]["rectangles"]
+    assert (arguments["supervision"], arguments["crop"], arguments["lambda_r"]) == ("rectangles", 32, 1.0)
+    run = {"paper": "boxsup", "row": "rectangles", "seed": 3, "miou": 0.123, "masks": [], "arguments": arguments}
     record = tmp_path / "runs.jsonl"
     record.write_text(json.dumps(run) + "\n")
     flags = ("--data", "VOCdevkit", "--paper", "boxsup", "--rows", "rectangles", "--seeds", 3, "--record", record,
              "--out", tmp_path / "out", "--", *TINY, "--warm-up", 1)
     assert "12.3" in call("ablation.py", *flags, folder=folder) and record.read_text().count("\n") == 1
-    record.write_text(json.dumps(run | {"settings": settings | {"recipe": "photos"}}) + "\n")
+    record.write_text(json.dumps(run | {"arguments": arguments | {"min_recognized": 0.2}}) + "\n")
     shutil.rmtree(tmp_path / "out")
     assert "12.3" not in call("ablation.py", *flags, folder=folder)
     old, new = map(json.loads, record.read_text().splitlines())
-    assert new["settings"] == settings and new["miou"] != 0.123 and new["seed"] == 3 and new["device"] == "cpu"
+    assert new["arguments"] == arguments and new["miou"] != 0.123 and new["seed"] == 3 and new["device"] == "cpu"
 
 
 def test_every_row_of_a_table_has_one_budget():
