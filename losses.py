@@ -1,6 +1,7 @@
 """Every equation of Box2Seg and BoxSup and the IoU metric, one function each. Copy what you need.
 
-Box2Seg: Weakly-supervised Semantic Segmentation by Bounding Box (Kulharia et al., ECCV 2020), Sect. 3.
+Box2Seg: Attention Weighted Loss and Discriminative Feature Learning for Weakly Supervised Segmentation (Kulharia et
+al., ECCV 2020), Sect. 3.
 
     paper   here                 shape (range)               what it is
     ------  -------------------  --------------------------  ------------------------------------------------------

@@ -87,6 +87,8 @@ def arguments_of(args, row):
     elsewhere = ("data", "download", "out", "resume", "overwrite", "seed", "device", "workers", "log_every",
                  "save_every", "val_every")
     data = "MISSING" if row.endswith("missing") else "data"
+    if row.startswith("tuned"):  # which network it starts from
+        arguments["init"] = arguments_of(args, "box2seg")
     return {"data": data} | {name: value for name, value in arguments.items() if name not in elsewhere}
 
 

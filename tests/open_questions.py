@@ -25,8 +25,8 @@ BoxSup, whichever the file or function implements. What the choices about Box2Se
 [results.md](results.md), "Weights of the losses".
 
 Two choices have no single line. Scores are those of the last epoch, never of the best one, which would be chosen on the
-images that are scored. And no hyper-parameter was searched on VOC 2012, where Box2Seg reports "a grid search of
-hyper-parameters on a held out validation set".
+images that are scored. And nothing was searched on the whole of VOC 2012, where Box2Seg reports "a grid search of
+hyper-parameters on a held out validation set"; what was chosen on a part of it says so.
 """
 INTRODUCTION = {
     "PAPER SILENT": "## PAPER SILENT: the paper says nothing\n\nWhat is missing; what the code does, and why.\n",
