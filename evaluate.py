@@ -825,8 +825,7 @@ def evaluate(args):
     for folder in filter(None, (args.labels, args.against, *noisy * bool(args.pictures or args.attention))):
         check_classes(folder, names)
     given = [args.labels, args.against, args.list, *args.trimap_add, args.checkpoint and Path(args.checkpoint)]
-    kinds = "JPEGImages SegmentationClass SegmentationClassAug BoxMasks GrabCutMasks class_names.txt".split()
-    kinds += [f"ImageSets/Segmentation/{args.split or 'val'}.txt"]
+    kinds = [*DATA, f"ImageSets/Segmentation/{args.split or 'val'}.txt"]
     keep_apart([args.save_png, args.pictures, args.attention, args.affinity, args.json, args.trimap_plot],
                given + [base / kind for base in filter(None, (voc, args.pseudo_label_dir)) for kind in kinds])
 
@@ -946,6 +945,7 @@ def crf_search(results, count, args):
 
 
 SUFFIXES = *ENDINGS, ".gif", ".ppm"
+DATA = "JPEGImages Annotations SegmentationClass SegmentationClassAug BoxMasks GrabCutMasks class_names.txt".split()
 
 
 def predict_folder(args):
@@ -967,7 +967,8 @@ def predict_folder(args):
                 raise BadInput(f"{path}: {paths[path.stem].name} would get the same label {path.stem}.png: rename one")
     if not paths:
         raise BadInput(f"no images in {args.images}: expected {' '.join(SUFFIXES)}")
-    keep_apart([args.out, args.out / "overlay"], [args.images])
+    data = args.out.parent if (args.out.parent / "JPEGImages").is_dir() else args.out
+    keep_apart([args.out, args.out / "overlay"], [args.images, *(data / kind for kind in DATA)])
 
     failed = []
     for name, path in tqdm(paths.items(), desc="predict", unit="img", disable=None):
@@ -1057,6 +1058,20 @@ def main(argv):
         parser.error("--images, --out and --checkpoint go together")
     if args.against and not args.labels or (args.attention or args.affinity) and not args.checkpoint:
         parser.error("--against goes with --labels; --attention and --affinity with --checkpoint")
+    if args.images and (args.split or args.json or args.save_png or args.pictures or args.attention or args.affinity
+                        or args.trimap is not None or args.trimap_plot):
+        parser.error("--images has no truth: of the outputs only --out goes with it, and of the lists --list")
+    if args.split and args.list:
+        parser.error("--split and --list both say which images: leave one out")
+    if not (args.crf or args.crf_search) and any((args.crf_w, args.crf_xy, args.crf_rgb)):
+        parser.error("--crf-w, --crf-xy and --crf-rgb go with --crf")
+    if args.labels and (args.flip or args.scales != [1.0]):
+        parser.error("--scales and --flip go with --checkpoint: label PNGs are scored as they are")
+    if args.pixels and not args.affinity or (args.best or args.worst) and not (
+            args.pictures or args.attention or args.affinity):
+        parser.error("--pixels goes with --affinity; --best and --worst with --pictures, --attention or --affinity")
+    if args.trimap_plot and args.trimap_plot.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        parser.error(f"--trimap-plot {args.trimap_plot}: expected .png or .jpg")
     if args.trimap_add and not args.trimap_plot:
         parser.error("--trimap-add draws curves into --trimap-plot FILE")
     if args.trimap == [] or args.trimap_plot and not args.trimap:

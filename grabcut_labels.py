@@ -630,7 +630,8 @@ def claim_labels(folders, voc, ids, names, boxes, options):
 
 
 def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
-    """Makes B and M of the images where either is missing, on all cores, with a progress bar on stderr.
+    """Makes B and M of the images where either is missing, or where the annotation has been corrected since, on all
+    cores, with a progress bar on stderr.
 
     voc: folder with JPEGImages; out: see label_paths; workers: threads (default: one per core); detect: None for the
     annotation's boxes, or a function image -> boxes, classes; options: some of GRABCUT. Returns {"made", "skipped":
@@ -664,9 +665,20 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     workers = workers or os.cpu_count()
     pool = ThreadPoolExecutor(workers)
 
+    def corrected(image_id):
+        """Is the annotation newer than B, and does it draw another one?"""
+        annotation, made = voc / "Annotations" / f"{image_id}.xml", folders[0] / f"{image_id}.png"
+        if detect is not None or not annotation.exists() or annotation.stat().st_mtime <= made.stat().st_mtime:
+            return False
+        try:
+            B = read_label(made)
+            return not np.array_equal(B, box_mask(*read_boxes(annotation, names, B.shape), B.shape))
+        except BadInput:  # label() says what is wrong
+            return True
+
     def submit(image_id):
         made = all((folder / f"{image_id}.png").exists() for folder in folders)
-        return None if made else pool.submit(label, image_id)
+        return None if made and not corrected(image_id) else pool.submit(label, image_id)
 
     try:
         with tqdm(total=len(ids), desc="B and M", unit="image", disable=None if ids else True) as bar:

@@ -1224,7 +1224,8 @@ def candidates_folder(voc, method="mcg", out=None):
 
 
 def make_candidates(voc, ids, out=None, method="mcg", workers=None, max_candidates=None):
-    """Makes the candidates of the images that have none, on all cores, with a progress bar on stderr.
+    """Makes the candidates of the images that have none, or whose annotation has been corrected since, on all cores,
+    with a progress bar on stderr.
 
     voc: folder with JPEGImages; out: see candidates_folder; workers: processes (default: one per core); max_candidates:
     an image (default: as in the folder, or 3,500). Returns {"made", "skipped": counts of images, "candidates", "boxes":
@@ -1373,11 +1374,23 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
     pool = ProcessPoolExecutor(workers, context, initializer=one_core)
 
     make, ending = (draw_one, "png") if method == "masks" else (make_one, "npz")
+    annotated = read_source(folder).get("boxes") == "Annotations"
+
+    def corrected(target, annotation):
+        """Is the annotation newer than the candidates, and does it have other boxes?"""
+        if not annotated or not annotation.exists() or annotation.stat().st_mtime <= target.stat().st_mtime:
+            return False
+        try:
+            held = read_candidates(target)
+            boxes, classes = read_boxes(annotation, names, held["superpixels"].shape)
+            return not (np.array_equal(held["boxes"], boxes) and np.array_equal(held["classes"], classes))
+        except BadInput:  # make_one() says what is wrong
+            return True
 
     def submit(image_id):
-        target = Path(folder) / f"{image_id}.{ending}"
-        return None if target.exists() else pool.submit(
-            make, target, images, image_id, annotation_of(image_id), names, method, max_candidates)
+        target, annotation = Path(folder) / f"{image_id}.{ending}", annotation_of(image_id)
+        return None if target.exists() and not corrected(target, annotation) else pool.submit(
+            make, target, images, image_id, annotation, names, method, max_candidates)
 
     try:
         with tqdm(total=len(ids), desc=f"candidates ({method})", unit="image", disable=None if ids else True) as bar:

@@ -329,7 +329,13 @@ def test_bad_places_and_devices(toy, checkpoint, tmp_path):
                   ["--checkpoint", checkpoint, "--images", toy], ["--checkpoint", checkpoint, "--scales", 0],
                   ["--checkpoint", checkpoint, "--workers", -1],
                   ["--checkpoint", checkpoint, "--crf-search", 2, "--crf-backend", "pydensecrf"],
-                  ["--checkpoint", checkpoint, "--crf-search", 2, "--images", toy, "--out", tmp_path]):
+                  ["--checkpoint", checkpoint, "--crf-search", 2, "--images", toy, "--out", tmp_path],
+                  ["--checkpoint", checkpoint, "--crf-w", 3], ["--labels", toy, "--flip"],
+                  ["--checkpoint", checkpoint, "--split", "val", "--list", tmp_path / "ids.txt"],
+                  ["--checkpoint", checkpoint, "--pixels", 0, 0, 5, 5], ["--checkpoint", checkpoint, "--worst"],
+                  ["--checkpoint", checkpoint, "--trimap-plot", tmp_path / "plot.svg"],
+                  *(["--checkpoint", checkpoint, "--images", toy, "--out", tmp_path / "o", *more] for more in (
+                      ["--json", tmp_path / "j.json"], ["--trimap"], ["--split", "val"], ["--pictures", tmp_path]))):
         status, _, error = run("--data", toy, *wrong)
         assert status == 2 and "Traceback" not in error and "usage" in error
 
@@ -676,6 +682,7 @@ def test_plain_pictures_by_list_and_where_they_cannot_go(toy, checkpoint, tmp_pa
     (tmp_path / "two.txt").write_text("toy_val_00009\n")
     assert "toy_val_00009" in refused(*command, "--out", tmp_path / "out", "--list", tmp_path / "two.txt")
     assert "overwrite" in refused(*command, "--out", toy / "JPEGImages")
+    assert "overwrite" in refused(*command, "--out", toy / "SegmentationClass")  # true masks have these names, too
     (tmp_path / "empty").mkdir()
     assert "no images" in refused(*command[:-1], tmp_path / "empty", "--out", tmp_path / "out")
     assert "no folder" in refused(*command[:-1], tmp_path / "nowhere", "--out", tmp_path / "out")

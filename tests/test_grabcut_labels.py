@@ -1,5 +1,7 @@
 """grabcut_labels.py: boxes by hand, masks of synthetic images, interrupted runs, bad input by command line."""
 import json
+import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +18,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grabcut_labels
 from grabcut_labels import (COVERS_IMAGE, EMPTY, STAYS_WHOLE, TOO_SMALL, BadInput, box_mask, class_fill_rates,
-                            fill_rates, find_voc, grabcut, grabcut_mask, make_labels, read_boxes, read_label, read_list)
+                            class_names, fill_rates, find_voc, grabcut, grabcut_mask, make_labels, read_boxes,
+                            read_label, read_list)
 from toy_voc import CLASS_NAMES, make_toy_voc
 
 SCRIPT = Path(grabcut_labels.__file__)
@@ -380,6 +383,28 @@ def test_a_second_run_makes_only_what_is_missing(drawn, devkit):
     changed = {path.stem for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
     assert changed <= set(ids[:2])
     assert make_labels(voc, ids)["made"] == 0
+
+
+def test_a_corrected_box_gets_new_labels(drawn, devkit):
+    """Somebody looks at the sheet, moves a box, and calls the command again; a file that only looks newer stays."""
+    voc = find_voc(devkit)
+    ids = all_ids(voc)
+    for kind in ("BoxMasks", "GrabCutMasks"):
+        shutil.copytree(drawn[1] / kind, voc / kind)
+    make_labels(voc, ids)
+    moved, touched = (voc / "Annotations" / f"{image_id}.xml" for image_id in ids[:2])
+    text = re.sub(r"<xmin>.*?</xmin>", "<xmin>1</xmin>", moved.read_text(), count=1)
+    assert text != moved.read_text()
+    moved.write_text(text)
+    for path in (moved, touched):
+        os.utime(path, (time.time() + 60, time.time() + 60))
+    summary = make_labels(voc, ids)
+    assert (summary["made"], summary["skipped"], summary["failures"]) == (1, 13, [])
+    B = read_label(voc / "BoxMasks" / f"{ids[0]}.png")
+    assert np.array_equal(B, box_mask(*read_boxes(moved, class_names(voc), B.shape), B.shape)) and B[:, 0].any()
+    moved.write_text("<annotation>")
+    os.utime(moved, (time.time() + 120, time.time() + 120))
+    assert "not readable XML" in make_labels(voc, ids)["failures"][0]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

@@ -1,6 +1,7 @@
 """mcg_candidates.py: files, interrupted runs, COCO's boxes, Selective Search and GOP against naive references."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grabcut_labels
 import mcg_candidates
-from mcg_candidates import (METHODS, VOC_CLASSES, BadInput, box_iou, claim_folder, coco_boxes, coco_mask,
+from mcg_candidates import (METHODS, VOC_CLASSES, BadInput, box_iou, claim_folder, class_names, coco_boxes, coco_mask,
                             critical_levels, distinct, extents, felzenszwalb, find_voc, geodesic, geodesic_distance,
                             hierarchy, histograms, make_candidates, neighbours, read_boxes, read_candidates, read_coco,
                             read_image, read_label, read_list, read_source, texture_channels, tight_boxes, watershed,
@@ -457,6 +458,17 @@ def test_a_second_run_makes_only_what_is_missing(drawn, devkit):
     assert npz_bytes(folder) == npz_bytes(drawn[1])
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in before.items())
     assert make_candidates(voc, ids, method="gop")["made"] == 0
+    # An object's class is corrected.
+    renamed, touched = (voc / "Annotations" / f"{image_id}.xml" for image_id in ids[:2])
+    held, name = read_candidates(folder / f"{ids[0]}.npz"), re.search("<name>(.*?)</name>", renamed.read_text())[1]
+    other = next(other for other in class_names(voc)[1:] if other != name)
+    renamed.write_text(renamed.read_text().replace(f"<name>{name}</name>", f"<name>{other}</name>", 1))
+    for path in (renamed, touched):
+        os.utime(path, (time.time() + 60, time.time() + 60))
+    summary = make_candidates(voc, ids, method="gop")
+    assert (summary["made"], summary["skipped"], summary["failures"]) == (1, 7, [])
+    now = read_candidates(folder / f"{ids[0]}.npz")
+    assert (now["classes"] != held["classes"]).sum() == 1 and np.array_equal(now["members"], held["members"])
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
