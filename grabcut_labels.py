@@ -863,7 +863,7 @@ def show_mask(path, corners, out=None, **options):
 # ---------------------------------------------------------------- boxes of one's own (--coco, --yolo)
 # What an annotation tool exports -> --data/VOC2012 in VOC's form; from there on everything is as with VOC. Decisions:
 #   ids         an image's path below --images without its ending; folders (but images/) and spaces give underscores
-#   lists       train, val or test by the name of a folder or JSON, or by data.yaml; a single list is train
+#   lists       train, val or test by data.yaml, or by the name of a folder or JSON; a single list is train
 #   no boxes    such images are left out: an export does not tell "nothing in it" from "nobody has looked yet"
 #   crowds      (COCO's iscrowd 1: one box around many objects) are left out unless --crowds takes them
 #   rotation    the upright box around a rotated box, or around an outline, is taken
@@ -1010,8 +1010,9 @@ def yaml_values(text, where):
     return ["".join(value).strip() for _, _, _, *value in sorted(found, key=lambda one: int(one[2] or 0))]
 
 
-def read_data_yaml(path):
-    """Ultralytics' and Roboflow's data.yaml -> class names, {absolute folder: split}, whether rows have keypoints."""
+def read_data_yaml(path, notes):
+    """Ultralytics' and Roboflow's data.yaml -> class names, {absolute folder or image: split}, whether rows have
+    keypoints. An entry is a folder, or a list of images as Ultralytics' autosplit writes it."""
     parts = re.split(r"^(\w+)[ \t]*:", read_text(path), flags=re.MULTILINE)
     texts = dict(zip(parts[1::2], parts[2::2]))
     if 2 * len(texts) + 1 < len(parts):
@@ -1021,12 +1022,18 @@ def read_data_yaml(path):
     names, splits = tidy_names(value.get("names", []), path), {}
     if value.get("nc", [str(len(names))]) != [str(len(names))]:
         raise BadInput(f"{path}: nc is {' '.join(value['nc'])}, but there are {len(names)} names: fix it")
-    for split in ("train", "val", "test"):
-        for entry in value.get(split, []):
-            for base in (path.parent / "".join(value.get("path", [])), path.parent):
-                for place in (base / entry, base / re.sub(r"^(\.\./)+", "", entry)):  # Roboflow has one ../ too many
-                    if os.path.isdir(place):
-                        splits.setdefault(os.path.abspath(place), split)
+    bases = [path.parent / "".join(value.get("path", [])).replace("\\", "/"), path.parent]
+    for split, entry in ((split, entry) for split in ("train", "val", "test") for entry in value.get(split, [])):
+        entry = entry.replace("\\", "/")
+        places = {os.path.abspath(base / short) for base in bases  # Roboflow has one ../ too many
+                  for short in (entry, re.sub(r"^(\.\./)+", "", entry))}
+        places = [place for place in places if os.path.exists(place)]
+        for place in [place for place in places if os.path.isfile(place)]:
+            lines = [line.strip().replace("\\", "/") for line in read_text(place).splitlines() if line.strip()]
+            places += {os.path.abspath(base / line) for line in lines for base in (Path(place).parent, *bases)}
+        for place in places:
+            splits.setdefault(place, split)
+        notes[f"entry of {path} left out, which names no folder or list ({split}: {entry})"] += not places
     return names, splits, "kpt_shape" in texts
 
 
@@ -1070,7 +1077,7 @@ def read_yolo_export(labels, folder, images, names_file, notes, failed):
         raise BadInput(f"--yolo {labels}: " + ("no data.yaml, obj.names or classes.txt in it or above it: give "
                                                "--class-names FILE" if labels.is_dir() else "no such folder"))
     if file.suffix in (".yaml", ".yml"):
-        names, splits, keypoints = read_data_yaml(file)
+        names, splits, keypoints = read_data_yaml(file, notes)
     else:
         names = tidy_names(read_text(file).rstrip().splitlines(), file)  # an empty line would count: refused
         if names[0] in NO_CLASS:
@@ -1092,7 +1099,7 @@ def read_yolo_export(labels, folder, images, names_file, notes, failed):
             continue
         kept = [box for box in boxes if box[0] not in NO_CLASS]
         notes["boxes of the background left out"] += len(boxes) - len(kept)
-        split = next((splits[str(up)] for up in (folder / path).parents if str(up) in splits), None)
+        split = next((splits[str(up)] for up in (folder / path, *(folder / path).parents) if str(up) in splits), None)
         found.append((path, split or split_of(path.parts[:-1]), (), kept))
     lists = ("classes.txt", "labels.txt", "train.txt", "val.txt", "valid.txt", "test.txt")
     notes["label files left out that have no image"] += sum(

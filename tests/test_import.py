@@ -257,6 +257,20 @@ def test_ultralytics_yolo(tmp_path):
     assert (ids(tmp_path / "d", "train"), ids(tmp_path / "d", "val")) == (["fold1_a"], ["fold2_b"])
 
 
+def test_splits_of_data_yaml_as_lists_and_with_windows_paths(tmp_path, capsys):
+    """Ultralytics' autosplit writes lists of images; on Windows paths have backslashes; what is nowhere is said."""
+    for name in ("images/one/a", "images/one/b", "images/two/c"):
+        image(tmp_path / f"{name}.jpg")
+        text(tmp_path / f"{name.replace('images', 'labels')}.txt", "0 .5 .5 .5 .5")
+    text(tmp_path / "autosplit_val.txt", "./images/one/b.jpg\n")
+    for number, (val, wanted) in enumerate([("autosplit_val.txt", ["one_b"]), ("images\\two", ["two_c"])]):
+        text(tmp_path / "data.yaml", f"names: [cat]\ntrain: images\\one\nval: {val}\ntest: images\\three\n")
+        data = tmp_path / f"d{number}"
+        assert import_boxes(data, tmp_path / "images", yolo=tmp_path / "labels") == []
+        assert ids(data, "val") == wanted and not set(ids(data, "train")) & set(wanted)
+        assert "which names no folder or list (test: images/three)" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- parts
 @pytest.mark.parametrize("names", [
     "names: [cat, 'wild dog', \"a, b\"]", "names: {0: cat, 1: wild dog, 2: 'a, b'}  # three",
@@ -266,7 +280,7 @@ def test_ultralytics_yolo(tmp_path):
 def test_class_names_of_data_yaml(tmp_path, names):
     more = "\r\ndownload: |\r\n  import os\r\n  names: no\r\n"
     yaml = text(tmp_path / "data.yaml", f"nc: 3\r\n{names}{more}", "utf-8-sig")
-    assert read_data_yaml(yaml) == (["cat", "wild dog", "a, b"], {}, False)
+    assert read_data_yaml(yaml, Counter()) == (["cat", "wild dog", "a, b"], {}, False)
 
 
 @pytest.mark.parametrize("yaml, wrong", [
@@ -281,7 +295,7 @@ def test_class_names_of_data_yaml(tmp_path, names):
 def test_data_yaml_that_is_not_read_is_refused(tmp_path, yaml, wrong):
     path = text(tmp_path / "data.yaml", yaml)
     with pytest.raises(BadInput, match=wrong):
-        read_data_yaml(path)
+        read_data_yaml(path, Counter())
 
 
 @pytest.mark.parametrize("row, wrong", [
@@ -308,7 +322,7 @@ def test_yolo_rows(tmp_path):
     pose = text(tmp_path / "p.txt", "0 0.5 0.5 0.5 1.0 0.9 0.9 2 0.1 0.1 0\n")       # two keypoints, seen and not
     assert yolo_boxes(pose, ["cat"], keypoints=True) == [("cat", 0.25, 0.0, 0.75, 1.0)]
     yaml = text(tmp_path / "data.yaml", "kpt_shape: [2, 3]\nnames: [cat]\n")
-    assert read_data_yaml(yaml)[2] is True
+    assert read_data_yaml(yaml, Counter())[2] is True
 
 
 def test_names_of_splits():
