@@ -1012,12 +1012,13 @@ def load_checkpoint(path):
 
 
 def initialize(network, path, names):
-    """--init: take over every tensor whose shape fits -> which start fresh. Of other classes the last layers do."""
+    """--init: take over every tensor that fits -> what starts fresh. Of other classes the last layers do."""
     saved = load_checkpoint(path)
+    kind, own = (arch.get("backbone", "vgg16") for arch in (saved["arch"], network.arch))
+    if kind != own:
+        raise BadInput(f"{path}: its encoder is a {kind}, not a {own}: give --backbone {kind}")
     last = () if saved["class_names"] == names else ("segmentation.3.", "attention.3.", "fc8.")
     report = load_matching(network, {key: value for key, value in saved["model"].items() if not key.startswith(last)})
-    if not any(name.startswith(("encoder.", "features.")) for name in report["loaded"]):
-        raise BadInput(f"{path}: nothing in it fits this network: give the --backbone that it has")
     fresh = report["missing"] + report["reshaped"]
     return f"{path}: {len(report['loaded'])} tensors taken over, " + (f"fresh: {', '.join(fresh)}" if fresh else "all")
 

@@ -381,6 +381,8 @@ def test_init_from_another_class_count_starts_the_heads_fresh_and_says_so(toy, t
     assert train(other, tmp_path / "out", "--init", whole_run / "best.pt", "--loss", "grabcut", "--epochs", 1) == 0
     said = capsys.readouterr().out
     assert "fresh: segmentation.3.weight, segmentation.3.bias\n" in said and "7 classes" in said
+    with pytest.raises(train_box2seg.BadInput, match="is a resnet18, not a resnet50: give --backbone resnet18"):
+        train(other, tmp_path / "else", "--init", whole_run / "best.pt", "--loss", "grabcut", "--backbone", "resnet50")
 
 
 def test_batches_too_small_for_batch_norm_are_reported(toy, tmp_path, capsys):
