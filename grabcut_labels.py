@@ -901,6 +901,12 @@ def coco_corners(thing, notes):
     degrees = float(attributes.get("rotation") or 0) if isinstance(attributes, dict) else 0.0
     if not np.isfinite([x, y, width, height, degrees]).all():
         raise ValueError("not finite")
+    outline = thing.get("segmentation")
+    if isinstance(outline, list) and outline and all(isinstance(part, list) and len(part) % 2 == 0 for part in outline):
+        points = np.array([number for part in outline for number in part], float).reshape(-1, 2)
+        extent = np.concatenate([points.min(0), points.max(0)]) if len(points) else np.full(4, np.nan)
+        if (abs(extent - (x, y, width, height)) <= 2).all() and (abs(extent[2:] - (x + width, y + height)) > 2).any():
+            raise ValueError("two corners, by its outline")
     if degrees % 360 and not thing.get("segmentation"):  # CVAT's bbox: the rectangle before it turns about its centre
         notes["rotated boxes: the upright box around each is taken"] += 1
         cos, sin = abs(np.cos(np.radians(degrees))), abs(np.sin(np.radians(degrees)))

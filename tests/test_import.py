@@ -412,6 +412,16 @@ def test_coco_boxes_that_are_none(box):
         coco_corners({"bbox": box}, Counter())
 
 
+def test_coco_boxes_that_their_outlines_show_to_be_two_corners():
+    square = [[5, 5, 25, 5, 25, 25, 5, 25]]
+    for outline in (square, [square[0][:4], square[0][4:]]):
+        with pytest.raises(ValueError, match="two corners"):
+            coco_corners({"bbox": [5, 5, 25, 25], "segmentation": outline}, Counter())
+    for outline in (square, [], [[]], [[5, 5, 25]], {"counts": "abc", "size": [60, 80]}, None, [[40, 40, 60, 60]]):
+        assert coco_corners({"bbox": [5, 5, 20, 20], "segmentation": outline}, Counter()) == (5, 5, 25, 25)
+    assert coco_corners({"bbox": [0, 0, 25, 25], "segmentation": [[0, 0, 25, 25]]}, Counter()) == (0, 0, 25, 25)
+
+
 # ---------------------------------------------------------------- what is wrong, or said twice
 def test_one_bad_image_stops_no_other(tmp_path):
     """All that can be wrong with an image at once: each is named, the good one is laid out, and exit status is 1."""
