@@ -351,7 +351,9 @@ def read_boxes(xml_path, names, size):
         name = only(thing, "name", xml_path)
         if name not in names[1:]:
             raise BadInput(f"{xml_path}: " + (f"unknown class {name!r}" if name else "an object without a name")
-                           + f"; known are {', '.join(names[1:])}")
+                           + f"; known are {', '.join(names[1:])}"
+                           + "; other classes: name them in class_names.txt beside JPEGImages, one a line, background "
+                           "first" * (names == VOC_CLASSES))
         only(thing, "bndbox", xml_path)
         try:
             box = thing.find("bndbox")
@@ -551,7 +553,8 @@ def claim_folder(folder, images, names, method, **more):
     keep_apart([Path(folder)], [Path(images)])
     source = {"images": from_there(images), "class_names": list(names), "method": method, **more}
     path = Path(folder) / "source.json"
-    there = read_source(folder) if path.exists() else None
+    made = path.exists() and any(file.suffix in (".npz", ".png") for file in Path(folder).rglob("*"))
+    there = read_source(folder) if made else None       # a claim of which nothing came bars nothing
     # A source.json that names images which are not there came along when the folder was copied here, as are parts
     # that several machines have made: the images are ours, the rest has to agree.
     moved = there and not there["images"].is_dir()

@@ -122,6 +122,17 @@ def test_bad_annotations(tmp_path, text, words):
     assert words in str(raised.value) and str(path) in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_the_remedy_for_unknown_classes_works(drawn, devkit):
+    """Without class_names.txt no image gets labels, and the message names the file; with it the same call makes all."""
+    voc = find_voc(devkit)
+    names = (voc / "class_names.txt").read_text()
+    (voc / "class_names.txt").unlink()
+    summary = make_labels(voc, all_ids(voc))
+    assert summary["made"] == 0 and all("class_names.txt beside JPEGImages" in why for why in summary["failures"])
+    (voc / "class_names.txt").write_text(names)
+    assert make_labels(voc, all_ids(voc))["made"] == 14 and label_bytes(voc) == label_bytes(drawn[1])
+
+
 def test_box_mask_paints_the_smaller_box_last():
     """A 4x3 box of class 1, in it a 2x1 box of class 2: on top wherever it stands in the list. Ties: the later one."""
     wanted = [[1, 1, 1, 1, 0],
