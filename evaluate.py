@@ -962,6 +962,10 @@ def predict_folder(args):
         wanted = sorted(path for path in args.images.iterdir()
                         if path.suffix.lower() in SUFFIXES and not path.name.startswith("._"))
         paths = {path.stem: path for path in wanted}
+        others = [path.name for path in sorted(args.images.iterdir()) if path not in wanted and path.name[0] != "."]
+        if wanted and others:
+            print(f"{len(others)} not read in {args.images}: {', '.join(others[:3])}{', ...' * (len(others) > 3)} "
+                  "(folders, or other endings)")
         for path in wanted:
             if paths[path.stem] != path:
                 raise BadInput(f"{path}: {paths[path.stem].name} would get the same label {path.stem}.png: rename one")

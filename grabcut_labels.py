@@ -352,9 +352,14 @@ def read_boxes(xml_path, names, size):
         if name not in names[1:]:
             raise BadInput(f"{xml_path}: " + (f"unknown class {name!r}" if name else "an object without a name")
                            + f"; known are {', '.join(names[1:])}"
+                           + f" ({name} is the background: the first of class_names.txt)" * (name == names[0])
                            + "; other classes: name them in class_names.txt beside JPEGImages, one a line, background "
                            "first" * (names == VOC_CLASSES))
         only(thing, "bndbox", xml_path)
+        for attribute in thing.findall("attributes/attribute"):  # CVAT's: how far the box is turned about its centre
+            if attribute.findtext("name") == "rotation" and (attribute.findtext("value") or "").strip("0. "):
+                raise BadInput(f"{xml_path}: a {name} whose box is turned by {attribute.findtext('value')} degrees: "
+                               "export it as COCO, for grabcut_labels.py --coco, which takes the upright box around it")
         try:
             box = thing.find("bndbox")
             corners = [float(only(box, key, xml_path)) for key in ("xmin", "ymin", "xmax", "ymax")]
@@ -989,7 +994,7 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
             named.update(which)
             if len(which) != 1:
                 failed[name] = (f"may be {' or '.join(map(str, which))}: rename them" if which else
-                                f"{file.name} names it, but it is not in {folder}: add it")
+                                f"{file.name} names it, but {folder} has no such image ({' '.join(ENDINGS)}): add it")
             elif key in bad or boxes and max(max(corners) for _, *corners in boxes) <= 1:
                 failed[str(which[0])] = bad.get(key) or f"{file.name} has boxes from 0 to 1: expected pixels"
             else:
@@ -1065,32 +1070,45 @@ def yolo_boxes(path, names, keypoints=False):
             raise BadInput(f"{path}, line {number}: expected class, x, y, width, height, all of them numbers: fix it")
         if kind not in range(len(names)):
             raise BadInput(f"{path}, line {number}: class {kind:g}, but the names are of 0 to {len(names) - 1}")
+        x, y, width, height = row[:4]
+        inside = 0 < width / 2 < min(x, 1 - x) + 0.01 and 0 < height / 2 < min(y, 1 - y) + 0.01
+        if len(row) == 6 and row[5] in range(1, 10 ** 6) and inside:  # as an outline, the third point is at the border
+            raise BadInput(f"{path}, line {number}: a box, a confidence and a track's number, by the look of it: save "
+                           "it without the last two")
         if not all(-0.5 <= part <= 1.5 for part in row):  # NaN, too
             raise BadInput(f"{path}, line {number}: not within 0 to 1 (pixels?): divide x by the image's width, y by "
                            "its height")
         if len(row) < 6:
-            x, y, width, height = row[:4]
             row = x - width / 2, y - height / 2, x + width / 2, y + height / 2
         xs, ys = row[:len(row) // 2 * 2:2], row[1::2]
         boxes.append((names[int(kind)], min(xs), min(ys), max(xs), max(ys)))
     return boxes
 
 
+def read_yolo_names(file, notes):
+    """data.yaml, obj.names or classes.txt -> as read_data_yaml."""
+    if file.suffix in (".yaml", ".yml"):
+        return read_data_yaml(file, notes)
+    names = tidy_names(read_text(file).rstrip().splitlines(), file)  # an empty line would count: refused
+    if names[0] in NO_CLASS:
+        raise BadInput(f"{file}: begins with {names[0]}, but YOLO's class 0 is the first name: delete that line")
+    return names, {}, False
+
+
 def read_yolo_export(labels, folder, images, names_file, notes, failed):
     """A folder of YOLO label files -> as read_coco_export, but () for sizes, and boxes in parts of the size."""
-    labels, splits, keypoints = Path(labels), {}, False
-    usual = [place / name for place in (labels, *labels.absolute().parents[:2])
-             for name in ("data.yaml", "obj.names", "classes.txt")]
+    labels = Path(labels)
+    usual = [place / name for name in ("data.yaml", "obj.names", "classes.txt")
+             for place in (labels, *labels.absolute().parents[:2])]
     file = Path(names_file) if names_file else next((path for path in usual if path.is_file()), None)
     if not labels.is_dir() or not file:
         raise BadInput(f"--yolo {labels}: " + ("no data.yaml, obj.names or classes.txt in it or above it: give "
                                                "--class-names FILE" if labels.is_dir() else "no such folder"))
-    if file.suffix in (".yaml", ".yml"):
-        names, splits, keypoints = read_data_yaml(file, notes)
-    else:
-        names = tidy_names(read_text(file).rstrip().splitlines(), file)  # an empty line would count: refused
-        if names[0] in NO_CLASS:
-            raise BadInput(f"{file}: begins with {names[0]}, but YOLO's class 0 is the first name: delete that line")
+    names, splits, keypoints = read_yolo_names(file, notes)
+    for other in [path for path in usual if path.is_file() and not names_file]:
+        if read_yolo_names(other, Counter())[0] != names:
+            raise BadInput(f"{file} and {other} name different classes, or in another order: give the right one by "
+                           "--class-names")
     notes[f"class names read from {file}"] = len(names)
     found, used = [], {file}
     for path in images:

@@ -359,9 +359,14 @@ def read_boxes(xml_path, names, size):
         if name not in names[1:]:
             raise BadInput(f"{xml_path}: " + (f"unknown class {name!r}" if name else "an object without a name")
                            + f"; known are {', '.join(names[1:])}"
+                           + f" ({name} is the background: the first of class_names.txt)" * (name == names[0])
                            + "; other classes: name them in class_names.txt beside JPEGImages, one a line, background "
                            "first" * (names == VOC_CLASSES))
         only(thing, "bndbox", xml_path)
+        for attribute in thing.findall("attributes/attribute"):  # CVAT's: how far the box is turned about its centre
+            if attribute.findtext("name") == "rotation" and (attribute.findtext("value") or "").strip("0. "):
+                raise BadInput(f"{xml_path}: a {name} whose box is turned by {attribute.findtext('value')} degrees: "
+                               "export it as COCO, for grabcut_labels.py --coco, which takes the upright box around it")
         try:
             box = thing.find("bndbox")
             corners = [float(only(box, key, xml_path)) for key in ("xmin", "ymin", "xmax", "ymax")]

@@ -525,7 +525,9 @@ def check(args, device, out):
         (not args.freeze_bn or args.backbone != "vgg16", "--freeze-bn: VGG-16 has no BatchNorm; give --no-freeze-bn"),
         (0 <= args.min_recognized <= 1, f"--min-recognized {args.min_recognized}: expected a share, 0 to 1"),
         (args.supervision != "masks" or not args.masks_list,
-         "--masks-list: with --supervision masks all images have masks")])
+         "--masks-list: with --supervision masks all images have masks"),
+        (args.supervision == "candidates" or not args.candidates, "--candidates goes with --supervision candidates"),
+        (args.supervision == "grabcut" or not args.grabcut, "--grabcut goes with --supervision grabcut")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

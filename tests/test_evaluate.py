@@ -664,7 +664,7 @@ def test_plain_pictures_of_all_kinds(toy, checkpoint, tmp_path):
     (source / "notes.txt").write_text("no image")
     status, text, error = run("--checkpoint", checkpoint, "--images", source, "--out", out, "--device", "cpu")
     assert status == 1 and str(source / "broken.jpg") in error and "1 images were left out" in error
-    assert "5 label PNGs" in text
+    assert "5 label PNGs" in text and f"1 not read in {source}: notes.txt" in text
     shapes = {"grey": (48, 64), "alpha": (17, 31), "palette": (48, 64), "web": (48, 64), "turned": (64, 48)}
     assert {path.stem: png(path).shape for path in out.glob("*.png")} == shapes
     assert {path.stem for path in (out / "overlay").iterdir()} == set(shapes)

@@ -109,6 +109,8 @@ def test_an_annotation_without_objects_has_no_boxes(tmp_path):
     ("<annotation>" + thing("background", 1, 1, 5, 5) + "</annotation>", "unknown class"),
     ("<annotation><object><bndbox/></object></annotation>", "an object without a name"),
     ("<annotation><object><name>cat</name></object></annotation>", "without xmin"),
+    ("<annotation>" + thing("cat", 1, 1, 5, 5).replace("</object>", "<attributes><attribute><name>rotation</name>"
+     "<value>30.0</value></attribute></attributes></object>") + "</annotation>", "turned by 30.0 degrees"),
     ("<annotation>" + thing("cat", 1, "", 5, 5) + "</annotation>", "without xmin"),
     ("<annotation>" + thing("cat", 1, "nan", 5, 5) + "</annotation>", "without xmin"),
     ("<annotation>" + thing("cat", 1, 1, "inf", 5) + "</annotation>", "without xmin"),

@@ -611,6 +611,8 @@ def test_corrupt_candidates_met_by_a_worker_are_one_line(tmp_path):
     (["--batch-size", "13"], "--batch-size 12 or less"),
     (["--masks-list", "nosuch.txt"], "nosuch.txt"),
     (["--masks-list", __file__, "--supervision", "masks"], "--masks-list"),
+    (["--candidates", "there", "--supervision", "grabcut"], "--candidates goes with"),
+    (["--grabcut", "there"], "--grabcut goes with"),
     (["--split", "nosuch"], "nosuch.txt"),
     (["--supervision", "grabcut"], "python grabcut_labels.py"),
     (["--weights", "nosuch.pth"], "nosuch.pth"),
