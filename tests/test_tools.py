@@ -1,4 +1,4 @@
-"""The scripts of tests/ (ablation, candidate_quality, bench, first_picture) as somebody would call them, in small."""
+"""The scripts of tests/ (ablation, candidate_quality, object_sizes, bench, first_picture), called as a user would."""
 import argparse
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import ablation as ablation_script
 import first_picture
 import numpy as np
+import object_sizes
 import pytest
 import torch
 from grabcut_labels import class_names, read_boxes, read_label
@@ -193,3 +194,18 @@ def test_first_picture_without_scikit_image(monkeypatch):
     monkeypatch.setitem(sys.modules, "skimage.data", None)
     with pytest.raises(first_picture.BadInput, match="pip install scikit-image"):
         first_picture.photograph("chelsea")
+
+
+def test_object_sizes_by_hand(folder):
+    """A box of 3x2 pixels: 3 of 4 true ones are found, and a false one; that on the ignored pixel does not count."""
+    truth, labels = np.zeros((10, 10), np.uint8), np.zeros((10, 10), np.uint8)
+    truth[1:3, 1:4] = [[2, 2, 255], [2, 2, 0]]
+    labels[1:3, 1:4] = [[2, 2, 2], [2, 1, 2]]
+    labels[5:, 5:] = 2  # outside the box: does not count
+    scores = object_sizes.object_scores(labels, truth, [[1, 1, 4, 3], [0, 0, 10, 10]], [2, 7])
+    assert np.allclose(scores, [[0.06, 3 / 5, 3 / 4], [1, np.nan, np.nan]], equal_nan=True)
+    voc = folder / "VOCdevkit" / "VOC2012"
+    table = call("object_sizes.py", "--data", "VOCdevkit", "--labels", voc / "SegmentationClass", folder=folder)
+    assert table.splitlines()[-1].endswith("| 100.0 (100.0) |")
+    assert "no label" in subprocess.run([sys.executable, HERE / "object_sizes.py", "--data", folder, "--labels", voc],
+                                        capture_output=True, text=True).stderr
