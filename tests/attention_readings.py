@@ -15,6 +15,7 @@ objects.
              sum     Eq. 6 as printed, the sum over all pixels
     Eq. 11   lambda_AW and lambda_alpha: 10 and 1 are printed
 """
+import argparse
 import sys
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def best(*setting):
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     print("| Eq. 3 | L_alpha | lambda_AW, lambda_alpha | attention fills | mIoU |\n|---|---|---|---|---|")
     print(f"| L_GC alone | | | | {best(0, 0, 'class', 'fr')[0]:.1f} |")

@@ -7,6 +7,7 @@ Two tags mark the places where the code is not simply the paper: `# PAPER SILENT
 `# DEPARTS:` where it prints one thing and the code does another. An entry goes on to the next tag, or to the end of the
 comment. tests/test_readme.py makes sure that the file and the code agree.
 """
+import argparse
 import re
 import sys
 from pathlib import Path
@@ -80,7 +81,9 @@ def render():
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--check"]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    if parser.parse_args().check:
         sys.exit(0 if FILE.exists() and FILE.read_text() == render() else f"{FILE} is not up to date: {sys.argv[0]}")
     FILE.write_text(render())
     print(f"{FILE}: " + ", ".join(f"{len(tagged(tag))} times {tag}" for tag in TAGS))
