@@ -525,8 +525,9 @@ def read_torch_file(path, remedy):
             raise zipfile.BadZipFile(broken)
         # Onto the CPU always: the random states in a checkpoint must stay there, load_state_dict moves the weights.
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file; {remedy}") from None
+    except (FileNotFoundError, IsADirectoryError) as error:
+        what = "a folder: name a file in it" if isinstance(error, IsADirectoryError) else "no such file"
+        raise BadInput(f"{path}: {what}; {remedy}") from None
     except Exception as error:                # broken bytes make the unpickler raise nearly anything
         raise BadInput(f"{path}: not a readable PyTorch file ({type(error).__name__}), it may be cut short; "
                        f"{remedy}") from None
@@ -781,8 +782,8 @@ def add_common_arguments(parser, recipes, default_out):
     add("--split", help="list to train on (default: trainaug if there is such a list, otherwise train)")
     add("--val-split", default="val", help="list to validate on, 'none' for no validation (default %(default)s)")
     add("--recipe", default="paper", choices=list(recipes), help="defaults: " + ", ".join(recipes) +
-        "; paper: its setting, for a large GPU; photos: an encoder that a laptop can train; small: from scratch, on "
-        "synthetic images (default %(default)s)")
+        "; paper: its setting, for a large GPU" + "; printed: with its loss weights, too" * ("printed" in recipes) +
+        "; photos: an encoder that a laptop can train; small: from scratch, on synthetic images (default %(default)s)")
     add("--out", help=f"folder for all that a run writes (default {default_out})")
     add("--resume", action="store_true", help="go on from --out's last.pt, with its arguments")
     add("--overwrite", action="store_true", help="start anew though --out has a last.pt")

@@ -481,12 +481,13 @@ def test_weights_that_cannot_be_used(tmp_path):
     (tmp_path / "cut.pth").write_bytes(good.read_bytes()[:100_000])
     (tmp_path / "text.pth").write_text("<html>404</html>")
     (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "folder.pth").mkdir()
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"a": torch.zeros(1), 7: "b"}, tmp_path / "other.pth")
     torch.save({"module": nn.Linear(2, 2)}, tmp_path / "code.pth")               # weights_only must refuse this
     for name, reason in (("cut", "not a readable"), ("text", "not a readable"), ("empty", "not a readable"),
                          ("list", "no state dict but a list"), ("other", "none of its 2 entries fits"),
-                         ("code", "not a readable"), ("absent", "no such file")):
+                         ("code", "not a readable"), ("absent", "no such file"), ("folder", "a folder: name a file")):
         with pytest.raises(ValueError, match=reason) as caught:
             Box2SegNet(3, "resnet18", width=8, weights=tmp_path / f"{name}.pth")
         message = str(caught.value)
