@@ -50,7 +50,6 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -58,7 +57,7 @@ from crf import BadInput as BadKernel
 from crf import PRESETS, crf_kernels, dense_crf, mean_field, unary_energy
 from losses import affinity, confusion_matrix, iou
 from model import BadInput as BadModel
-from model import load_network, normalize, pick_device, predict
+from model import load_network, normalize, pick_device, predict, resized, to_pixels
 
 # ==== shared block "VOC on disk": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
 VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -541,9 +540,9 @@ def classes_in(*labels):
 def attention_of(network, image, args):
     """alpha (Sect. 3.2) at the image's own resolution: (L, H, W) numpy, class c at c - 1."""
     with torch.inference_mode(), autocast(args):
-        _, logits, _ = network.branches(normalize(torch.from_numpy(image)[None].to(args.device)))
-        logits = F.interpolate(logits.float(), image.shape[:2], mode="bilinear", align_corners=False)
-        return logits[0].sigmoid().cpu().numpy()
+        x = normalize(torch.from_numpy(image)[None].to(args.device))
+        _, logits, _ = network.branches(resized(x, 1.0, network))
+        return to_pixels(logits, x.shape[2:])[0].sigmoid().cpu().numpy()
 
 
 def attention_overlay(image, alpha, truth, boxes):
@@ -663,11 +662,12 @@ def affinity_strip(image, labels, prediction, network, names, args):
         deepest = lambda c: np.argwhere((prediction == c) & (depth == depth[prediction == c].max()))[0, ::-1].tolist()
         pixels = deepest(largest), deepest(prediction.min())
     with torch.inference_mode(), autocast(args):
-        _, _, beta = network.branches(normalize(torch.from_numpy(image)[None].to(args.device)))     # (1, d, h, w)
+        seen = resized(normalize(torch.from_numpy(image)[None].to(args.device)), 1.0, network)
+        _, _, beta = network.branches(seen)                                                         # (1, d, h, w)
         h, w = beta.shape[2:]
-        marked = torch.stack([beta[0, :, y * h // H, x * w // W] for x, y in pixels])               # (2, d)
+        marked = torch.stack([beta[0, :, round(y / H * (h - 1)), round(x / W * (w - 1))] for x, y in pixels])   # (2, d)
         A = affinity(marked, beta[0].flatten(1).T).view(1, 2, h, w)
-        A = F.interpolate(A, (H, W), mode="bilinear", align_corners=False)[0].cpu().numpy()         # (2, H, W)
+        A = to_pixels(A, (H, W))[0].cpu().numpy()                                                   # (2, H, W)
 
     pictures = {"prediction": overlay(image, prediction)}
     size = max(10, round(16 * H / PANEL))

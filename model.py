@@ -47,9 +47,9 @@ holes of 12 and 1024 channels, has 67.6 there, and would lift every row of BoxSu
 
     module            what it does                                     output, N x             parameters   LargeFOV's
     --------------------------------------------------------------------------------------------------------------------
-    features.0-4      2 3x3 convolutions, 2x2 max pooling /2             64 x 161 x 161            38,720
-    features.5-9      2 3x3 convolutions, 2x2 max pooling /2            128 x 81 x 81             221,440
-    features.10-16    3 3x3 convolutions, 2x2 max pooling /2            256 x 41 x 41           1,475,328
+    features.0-4      2 3x3 convolutions, 3x3 max pooling /2             64 x 161 x 161            38,720
+    features.5-9      2 3x3 convolutions, 3x3 max pooling /2            128 x 81 x 81             221,440
+    features.10-16    3 3x3 convolutions, 3x3 max pooling /2            256 x 41 x 41           1,475,328
     features.17-23    3 3x3 convolutions, 3x3 max pooling /1            512 x 41 x 41           5,899,776
     features.24-30    3 3x3 convolutions with holes of 2, 3x3 pooling   512 x 41 x 41           7,079,424
     fc6               4x4 convolution with holes of 4, dropout         4096 x 41 x 41          33,558,528    4,719,616
@@ -164,15 +164,44 @@ def average_pool(x, bins):
     return torch.einsum("ah,nchw,bw->ncab", rows, x, columns)
 
 
-def upsample(x, like):
+def upsample(x, like, align_corners=True):
     """
-    Bilinear, to the height and width of `like`, whatever they are: odd sizes need no padding.
+    Bilinear, to the height and width of `like`. align_corners: cell 0 lies on cell 0, the last one on the last, as the
+    maps of an encoder do ("Where a cell sits", below); the bins of a pooled map fill the map instead.
 
     Its backward is deterministic where torch.use_deterministic_algorithms asks for it (PyTorch then decomposes it).
     """
     if x.shape[2:] == like.shape[2:]:
         return x
-    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=align_corners)
+
+
+# ---- where a cell sits ----------------------------------------------------------------------------------------------
+#
+# All layers with a stride pad alike on both sides, so that cell i of a map at stride s looks at pixel s * i, and around
+# it. If the image is 32 k + 1 pixels wide (DeepLab's 321, for one), the last cell of every map lies on the last pixel,
+# and all maps, logits and labels lie exactly upon each other: cell 0 on pixel 0, the last on the last. So crops are of
+# 32 k + 1 pixels, whole images are brought to the next such size, and upsampling aligns the corners. (Maps stretched
+# over the image instead, align_corners=False, lie up to half a cell of 32 pixels off, another way in an image of
+# 32 k + 1 pixels than in one of 32 k. Networks trained so lost 2 to 4 points of mIoU at test; docs/results.md.)
+
+def to_cells(labels, network):
+    """Label maps (N, H, W) -> (N, h, w): each cell takes the label of its pixel, so that no label is blended."""
+    return labels[:, ::network.stride, ::network.stride]
+
+
+def to_pixels(logits, size):
+    """Logits (N, C, h, w) -> (N, C, H, W) float32, size = (H, W)."""
+    logits = logits.float().contiguous()      # out of channels_last: bilinear and softmax are faster on planes
+    return F.interpolate(logits, size, mode="bilinear", align_corners=True)
+
+
+def resized(x, scale, network):
+    """Normalised images (N, 3, H, W) -> about `scale` times as large, the nearest sides of 32 k + 1 (VGG-16: 8 k + 1)
+    pixels, antialiased; at least k = 1."""
+    step = getattr(network, "coarsest", 1)
+    size = [max(1, round((scale * side - 1) / step)) * step + 1 for side in x.shape[2:]]
+    return x if size == list(x.shape[2:]) else F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
 # ---- an encoder that a laptop can train -----------------------------------------------------------------------------
@@ -263,15 +292,11 @@ class Box2SegNet(nn.Module):
     `arch` holds the arguments with which to build the same network again; it goes into the checkpoint.
     Raises ValueError on an unknown backbone, fewer than 2 classes, or (BadInput) a weights file that cannot be used.
 
-    Where an output cell sits. The logits are (N, L+1, ceil(H/4), ceil(W/4)), and cell i of h stands for the interval
-    [i H/h, (i+1) H/h) of the image's height: for H a multiple of 4, pixels 4i .. 4i+3, centre on the line between
-    pixels 4i+1 and 4i+2. Both ways between cells and pixels must mean the same cell:
-      - labels down: F.interpolate(labels, (h, w), mode="nearest-exact") takes the pixel at the centre,
-        floor((i + 0.5) H/h) = 4i+2. (mode="nearest" would take the corner, pixel 4i, and shift all by half a cell.)
-      - logits up: F.interpolate(logits, (H, W), mode="bilinear", align_corners=False) puts the value at that centre.
-    The encoder's convolutions pad alike on both sides, so the receptive field of cell i is centred on pixel 4i, up to
-    1.5 pixels off the cell's centre. It is so in training and at test, and the convolutions behind it learn it.
+    forward takes any size, and the logits are (N, L+1, ceil(H/4), ceil(W/4)); cells lie where they should if the sides
+    are of 32 k + 1 pixels ("Where a cell sits", above).
     """
+
+    stride, coarsest = 4, 32                  # of the logits, and of C5
 
     def __init__(self, num_classes, backbone="resnet101", embedding_dim=64, pretrained=False, weights=None, width=None,
                  attention=True, embedding=True):
@@ -362,7 +387,7 @@ class Box2SegNet(nn.Module):
 
         # pyramid pooling: the whole image, its quarters, ... seen from every cell
         context = [conv(average_pool(c5, bins)) for bins, conv in zip(BINS, self.pyramid)]   # (N, F, b, b), b in BINS
-        context = [c5] + [upsample(c, c5) for c in context]                      # (N, 2048 | F | F | F | F, 11, 11)
+        context = [c5] + [upsample(c, c5, align_corners=False) for c in context] # (N, 2048 | F | F | F | F, 11, 11)
         p = self.pyramid_out(torch.cat(context, dim=1))                          # (N, F, 11, 11)
 
         # top-down: each level adds its own detail to what the level above knows
@@ -430,12 +455,13 @@ class DeepLabVGG16(nn.Module):
     Raises ValueError on fewer than 2 classes, or (BadInput) a weights file that cannot be used.
 
     forward: normalised images (N, 3, H, W), any size -> logits (N, L+1, ceil(H/8), ceil(W/8)), in training as in eval
-    mode. Where a cell sits: as in Box2SegNet with 8 in place of 4, labels down and logits up the same way. Here the
-    receptive field of cell i is centred where the cell is, between pixels 8i+3 and 8i+4: three poolings of 2x2 cover
-    pixels 8i .. 8i+7, and all else pads alike on both sides, a 4x4 kernel with holes of 4, too: it is 3*4 + 1 = 13
-    cells wide, an odd number, and looks at the cells i-6, i-2, i+2, i+6 (LargeFOV: i-12, i, i+12). So an image of one
-    or two cells a side, 16 pixels, leaves it nothing but padding.
+    mode; cells lie where they should if the sides are of 8 k + 1 pixels ("Where a cell sits", above). The 4x4 kernel
+    with holes of 4 pads alike on both sides, too: it is 3*4 + 1 = 13 cells wide, an odd number, and looks at the cells
+    i-6, i-2, i+2, i+6 (LargeFOV: i-12, i, i+12). So an image of one or two cells a side, 16 pixels, leaves it nothing
+    but padding.
     """
+
+    stride = coarsest = 8
 
     def __init__(self, num_classes, large_fov=False, pretrained=False, weights=None):
         super().__init__()
@@ -443,17 +469,14 @@ class DeepLabVGG16(nn.Module):
             raise BadInput(f"num_classes counts the background, so at least 2, not {num_classes}")
         self.arch = dict(network="DeepLabVGG16", num_classes=num_classes, large_fov=large_fov)
 
-        # DEPARTS: BoxSup reproduces DeepLab, whose released models pool 3x3, which centres cell i on pixel 8i. Here the
-        # first three poolings stay VGG's 2x2, with a last incomplete window (321 -> 161 -> 81 -> 41): what ImageNet's
-        # weights were trained with, and a cell is centred on its pixels. The last two lose their stride and are 3x3, as
-        # DeepLab's, since 2x2 would shift everything by half a cell.
+        # VGG's poolings are 2x2; here they are 3x3, as in DeepLab's released models, so that cell i is centred on pixel
+        # 8 i, and 321 pixels give 161, 81, 41 cells. The last two have lost their stride.
         layers, inputs = [], 3
         for channels, convolutions, stride, dilation in VGG16:
             for _ in range(convolutions):
                 layers += [nn.Conv2d(inputs, channels, 3, padding=dilation, dilation=dilation), nn.ReLU(inplace=True)]
                 inputs = channels
-            layers.append(nn.MaxPool2d(2, stride=2, ceil_mode=True) if stride == 2 else
-                          nn.MaxPool2d(3, stride=1, padding=1))
+            layers.append(nn.MaxPool2d(3, stride, padding=1))
         self.features = nn.Sequential(*layers)                                   # numbered as torchvision's
 
         size, dilation, width = (3, 12, 1024) if large_fov else (4, 4, 4096)
@@ -694,21 +717,20 @@ def load_network(path, device="cpu"):
 
 def full_size_logits(network, image, scale):
     """An image (H, W, 3) uint8 tensor -> logits at its own size, (C, H, W) float32, on the network's device."""
-    x = normalize(image[None].to(next(network.parameters()).device))            # (1, 3, H, W)
-    H, W = x.shape[2:]
-    if scale != 1:
-        x = F.interpolate(x, (max(1, round(scale * H)), max(1, round(scale * W))), mode="bilinear", antialias=True)
-    return F.interpolate(network(x).float(), (H, W), mode="bilinear")[0]
+    x = normalize(image[None].to(next(network.parameters()).device))             # (1, 3, H, W)
+    return to_pixels(network(resized(x, scale, network)), x.shape[2:])[0]
 
 
 def predict(model, image, scales=(1.0,), flip=False):
     """
     Class probabilities of one image at its own resolution: (C, H, W) float32 on the model's device, sum 1 per pixel.
 
-    model   gives logits (1, C, h, w) for normalised images (1, 3, H, W) in eval mode; left in the mode it came in
+    model   Box2SegNet or DeepLabVGG16: gives logits (1, C, h, w) for normalised images (1, 3, H, W) in eval mode; left
+            in the mode it came in
     image   RGB uint8 (H, W, 3), numpy array or tensor, any size
-    scales  the image is resized by each of them; flip: and each is seen mirrored too. For every view: logits,
-            upsampled bilinearly to (H, W), softmax; the mean over views. One scale and no flip: the paper's plain test.
+    scales  the image is resized by each of them, as resized() has it; flip: and each is seen mirrored too. For every
+            view: logits, upsampled bilinearly to (H, W), softmax; the mean over views. One scale and no flip: the
+            paper's plain test.
     Raises ValueError on an image that is not uint8 RGB, on no scale, and on a scale that is not above 0.
     """
     # PAPER SILENT: whether Box2Seg's Table 1 uses several scales or mirroring at test. One view by default.
@@ -724,16 +746,12 @@ def predict(model, image, scales=(1.0,), flip=False):
     try:
         with torch.no_grad():                 # not inference_mode, so that the caller may use what comes back in place
             x = normalize(image[None].to(next(model.parameters()).device))       # (1, 3, H, W)
-            H, W = x.shape[2:]
             total = None                      # every new map of this size costs a CPU as much as its upsampling
             for s in scales:
-                size = max(1, round(s * H)), max(1, round(s * W))
-                view = F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True) if s != 1 else x
+                view = resized(x, s, model)
                 for mirrored in (False, True)[:1 + flip]:
                     logits = model(view.flip(3)).flip(3) if mirrored else model(view)        # (1, C, h, w)
-                    logits = logits.float().contiguous()                         # out of channels_last: softmax is
-                    logits = F.interpolate(logits, (H, W), mode="bilinear", align_corners=False)   # faster on planes
-                    p = logits.softmax(dim=1)                                    # (1, C, H, W)
+                    p = to_pixels(logits, x.shape[2:]).softmax(dim=1)            # (1, C, H, W)
                     total = p if total is None else total.add_(p)
     finally:
         for m in training:                    # not model.train(): parts may be frozen in eval mode

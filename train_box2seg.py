@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import grabcut_labels
 import losses
@@ -38,7 +37,7 @@ from model import (BACKBONES, BadInput, Box2SegNet, Interrupted, Progress, add_c
                    catch_interrupts, check_arguments, check_images, download_voc, finish, in_parallel, make_optimizer,
                    mixed_precision, normalize, parse, pick_device, place_network, print_rank0, random_crop,
                    rank_and_world, resume_run, run_script, save_checkpoint, seed_of, sgd_step, start_log,
-                   start_processes, validate)
+                   start_processes, to_cells, validate)
 
 # What --loss trains on. Table 3: Box 59.3, GrabCut 72.7, Affinity 73.9, AW-box 74.1, AW-fr 74.6, Box2Seg 74.9 mIoU.
 # Table 4: mask 73.6, mask-aw 75.1.
@@ -76,7 +75,7 @@ RECIPES = {
     "photos": PAPER | dict(backbone="efficientnet_lite0", crop=193, batch_size=8, epochs=20, pretrain_epochs=2,
                            lr=0.02, encoder_lr=0.1, freeze_bn=True, lambda_aw=0.3, lambda_alpha=1.5, clip_norm=10.0,
                            scale=[0.5, 1.0], val_scale=0.7),
-    "small": PAPER | dict(backbone="resnet18", pretrained=False, crop=128, batch_size=8, epochs=8, pretrain_epochs=2,
+    "small": PAPER | dict(backbone="resnet18", pretrained=False, crop=129, batch_size=8, epochs=8, pretrain_epochs=2,
                           lr=0.02, clip_norm=10.0),
 }
 
@@ -105,13 +104,12 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
 
-        # PAPER SILENT: how B and M get to m = n / 16. Each cell takes the label at its centre, so that no label is
+        # PAPER SILENT: how B and M get to m = n / 16. Each cell takes the label of its pixel, so that no label is
         # blended with another; fill rates (Eq. 7) are those of the crop, on this grid.
         with autocast:
             # (N, L+1, h, w), (N, L, h, w), (N, d, h, w); the first two None in stage 1
             logits, attention, beta = model(normalize(image), embedding_only=stage == 1)
-        grid = (beta if stage == 1 else logits).shape[2:]
-        B, M = (F.interpolate(t[:, None], grid, mode="nearest-exact")[:, 0] for t in (B, M))         # (N, h, w)
+        B, M = to_cells(B, network), to_cells(M, network)       # (N, h, w)
         num_samples = None
         if beta is not None:                                    # "randomly sampling 10% of pixel pairs"
             sampling.manual_seed(seed_of(args.seed, stage, step, rank_and_world()[0]))
@@ -284,7 +282,7 @@ def parse_arguments(argv):
     add("--detach-targets", action="store_true", help="L_A in stage 2 trains the embeddings only, not y (ours: off)")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--crop", type=int, help="side of the training crops, pixels (ours: 321; default %(default)s)")
+    add("--crop", type=int, help="side of the training crops, 32 k + 1 pixels (ours: 321; default %(default)s)")
     add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="random scale (ours: 0.5 2; default "
         "%(default)s)")
     add("--colour", type=float, default=0.3, help="random brightness, contrast, saturation of 1 +- this (ours: "

@@ -41,7 +41,6 @@ import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import losses
@@ -54,7 +53,7 @@ from model import (BACKBONES, BadInput, Box2SegNet, DeepLabVGG16, Interrupted, P
                    catch_interrupts, check_arguments, check_images, download_voc, evaluating, finish, full_size_logits,
                    in_parallel, make_optimizer, mixed_precision, normalize, parse, pick_device, place_network,
                    print_rank0, random_crop, rank_and_world, resume_run, run_script, save_checkpoint, seed_of, sgd_step,
-                   start_log, start_processes, validate, write_log)
+                   start_log, start_processes, to_cells, validate, write_log)
 
 # mIoU on val in the paper. Table 1: boxes only 62.0, 1,464 masks and 9,118 boxes 63.5, masks only 63.8.
 # Table 2: rectangles 52.3, GrabCut 55.2, without sampling (--top-k 1) 59.7. Table 3: SS 59.5, GOP 60.4, MCG 62.0.
@@ -75,7 +74,7 @@ RECIPES = {
     "photos": dict(backbone="efficientnet_lite0", pretrained=True, crop=193, batch_size=8, epochs=20, lr_drop=15,
                    lr=0.02, head_lr=1.0, encoder_lr=0.1, freeze_bn=True, clip_norm=10.0, scale=[0.5, 1.0], colour=0.3,
                    val_scale=0.7, warm_up=1, lambda_r=3.0),
-    "small": dict(backbone="resnet18", pretrained=False, crop=128, batch_size=8, epochs=10, lr_drop=8, lr=0.02,
+    "small": dict(backbone="resnet18", pretrained=False, crop=129, batch_size=8, epochs=10, lr_drop=8, lr=0.02,
                   head_lr=1.0, encoder_lr=1.0, freeze_bn=False, clip_norm=10.0, scale=[0.5, 2.0], colour=0.3,
                   val_scale=1.0, warm_up=5, lambda_r=1.0),
 }
@@ -117,9 +116,7 @@ def train(network, images, boxed, choices, optimizer, autocast, scaler, args, pr
             with autocast:
                 logits = model(normalize(image))                                # (N, L+1, h, w)
             logits = logits[0] if isinstance(logits, tuple) else logits         # Box2SegNet gives its branches, too
-            # Each cell takes the label at its centre, so that no label is blended with another.
-            labels = F.interpolate(labels[:, None], logits.shape[2:], mode="nearest-exact")[:, 0]       # (N, h, w)
-            loss = losses.cross_entropy_loss(logits, labels)                                            # Eq. 1
+            loss = losses.cross_entropy_loss(logits, to_cells(labels, network))     # Eq. 1
 
             sgd_step(loss, model, optimizer, scaler, args.clip_norm)
             progress.finish_step(lr, {"E_r": loss})
@@ -498,7 +495,8 @@ def parse_arguments(argv):
     add("--clip-norm", type=float, help="largest norm of the gradient, 0 for any (ours; default %(default)s)")
 
     add = parser.add_argument_group("augmentation").add_argument
-    add("--crop", type=int, help="side of the training crops, pixels (baseline: 321; default %(default)s)")
+    add("--crop", type=int, help="side of the training crops, 32 k + 1 pixels (baseline: 321; default "
+        "%(default)s)")
     add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="random scale (baseline: 1 1; default "
         "%(default)s)")
     add("--colour", type=float, help="random brightness, contrast, saturation of 1 +- this (baseline: 0; default "

@@ -51,10 +51,10 @@ import toy_voc
 import train_box2seg
 import train_boxsup
 from crf import dense_crf
-from model import Box2SegNet, DeepLabVGG16, normalize
+from model import Box2SegNet, DeepLabVGG16, normalize, resized, to_cells
 
 SIZES = {  # calls: of each side in a turn; images are of VOC's size, 375x500
-    "small": dict(backbone="resnet18", boxsup="vgg16", crop=128, batch=8, boxsup_batch=8, pictures=12, calls=2,
+    "small": dict(backbone="resnet18", boxsup="vgg16", crop=129, batch=8, boxsup_batch=8, pictures=12, calls=2,
                   affinity_sides=(16, 32, 64), reference_batch=2, ids=1_000_000),
     "paper": dict(backbone="resnet101", boxsup="vgg16", crop=321, batch=16, boxsup_batch=20, pictures=64, calls=10,
                   affinity_sides=(41, 81, 121), reference_batch=16, ids=1_000_000)}
@@ -203,7 +203,7 @@ def box2seg_step(c, images, B, M, backbone=None, network=None, **options):
 
     def loss_of(outputs):
         logits, attention, beta = outputs
-        b, m = (F.interpolate(t[:, None], logits.shape[2:], mode="nearest-exact")[:, 0] for t in (B, M))
+        b, m = B[:, ::4, ::4], M[:, ::4, ::4]                                       # model.to_cells
         generator.manual_seed(0)
         return losses.box2seg_loss(logits, attention.float().sigmoid(), beta, b, m, losses.pair_samples(m, CLASSES),
                                    generator=generator)[0]
@@ -213,8 +213,7 @@ def box2seg_step(c, images, B, M, backbone=None, network=None, **options):
 def plain_step(c, images, M):
     """The same network, the y branch and cross-entropy alone."""
     def loss_of(outputs):
-        m = F.interpolate(M[:, None], outputs[0].shape[2:], mode="nearest-exact")[:, 0]
-        return losses.cross_entropy_loss(outputs[0], m)
+        return losses.cross_entropy_loss(outputs[0], M[:, ::4, ::4])
     return training_step(c, Box2SegNet(CLASSES, c.backbone, attention=False, embedding=False), images, loss_of)
 
 
@@ -532,14 +531,14 @@ def full(c):
             a @ a
 
     def plain(logits):
-        m = F.interpolate(labels[:, None], logits.shape[2:], mode="nearest-exact")[:, 0]
-        return losses.cross_entropy_loss(logits, m)
+        return losses.cross_entropy_loss(logits, to_cells(labels, boxsup))
 
     images, B, M = random_batch(c, c.batch, c.crop)
     pictures, _, labels = random_batch(c, c.boxsup_batch, c.crop)
+    boxsup = boxsup_network(c)
     steps = {"Box2Seg": (c.backbone, c.batch, box2seg_step(c, images, B, M)),
              "BoxSup": (c.boxsup, c.boxsup_batch, training_step(
-                 c, boxsup_network(c), pictures, lambda out: plain(out[0] if isinstance(out, tuple) else out)))}
+                 c, boxsup, pictures, lambda out: plain(out[0] if isinstance(out, tuple) else out)))}
     rows = []
     for name, (backbone, batch, one) in steps.items():
         one()                                           # cuDNN has made its choices, SGD its momentum
@@ -629,7 +628,7 @@ def evaluation(c):
     evaluate.load_checkpoint = lambda *_: (network, names)                          # once is enough: time the loop
 
     def row_of(name, aim, scales, *options):
-        views = [[F.interpolate(x, scale_factor=s, mode="bilinear") if s != 1 else x for s in scales] for x in pixels]
+        views = [[resized(x, s, network) for s in scales] for x in pixels]
 
         def loop():
             with contextlib.redirect_stdout(io.StringIO()):

@@ -22,8 +22,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import losses
 import model
-from model import (Box2SegNet, DeepLabVGG16, average_pool, format_report, load_encoder, load_matching, load_network,
-                   normalize, pick_device, predict, run_script, thin_out_vgg16)
+from model import (Box2SegNet, DeepLabVGG16, EfficientNetLite0, average_pool, format_report, load_encoder,
+                   load_matching, load_network, normalize, pick_device, predict, resized, run_script, thin_out_vgg16,
+                   to_cells, to_pixels)
 
 
 @pytest.fixture(autouse=True)
@@ -283,8 +284,8 @@ def test_branches_that_are_not_built_are_none():
 
 
 def test_logits_equal_the_pyramid_written_out():
-    """UPerNet once more, level by level, with PyTorch's own pooling and sizes given as numbers: 64x96 pixels."""
-    network, x = small(), torch.randn(2, 3, 64, 96)
+    """UPerNet once more, level by level, with PyTorch's own pooling and sizes given as numbers: 65x97 pixels."""
+    network, x = small(), torch.randn(2, 3, 65, 97)
     with torch.no_grad():
         c1 = F.max_pool2d(network.encoder.bn1(network.encoder.conv1(x)).relu(), 3, 2, 1)
         c2 = network.encoder.layer1(c1)
@@ -292,18 +293,18 @@ def test_logits_equal_the_pyramid_written_out():
         c4 = network.encoder.layer3(c3)
         c5 = network.encoder.layer4(c4)
 
-        def grow(x, *size):
-            return F.interpolate(x, size, mode="bilinear", align_corners=False)
+        def grow(x, *size, align_corners=True):
+            return F.interpolate(x, size, mode="bilinear", align_corners=align_corners)
 
         whole, quarters, ninths, bins36 = (network.pyramid[i](F.adaptive_avg_pool2d(c5, b)) for i, b in
                                            enumerate((1, 2, 3, 6)))
-        p5 = network.pyramid_out(torch.cat([c5, grow(whole, 2, 3), grow(quarters, 2, 3), grow(ninths, 2, 3),
-                                            grow(bins36, 2, 3)], 1))
-        sum4 = network.laterals[0](c4) + grow(p5, 4, 6)
-        sum3 = network.laterals[1](c3) + grow(sum4, 8, 12)
-        sum2 = network.laterals[2](c2) + grow(sum3, 16, 24)
+        p5 = network.pyramid_out(torch.cat([c5, *(grow(bins, 3, 4, align_corners=False) for bins in
+                                                  (whole, quarters, ninths, bins36))], 1))
+        sum4 = network.laterals[0](c4) + grow(p5, 5, 7)
+        sum3 = network.laterals[1](c3) + grow(sum4, 9, 13)
+        sum2 = network.laterals[2](c2) + grow(sum3, 17, 25)
         p4, p3, p2 = network.outputs[0](sum4), network.outputs[1](sum3), network.outputs[2](sum2)
-        f = network.fuse(torch.cat([grow(p5, 16, 24), grow(p4, 16, 24), grow(p3, 16, 24), p2], 1))
+        f = network.fuse(torch.cat([grow(p5, 17, 25), grow(p4, 17, 25), grow(p3, 17, 25), p2], 1))
         expected = network.segmentation(f), network.attention(f), network.embedding(f)
         for ours, theirs in zip(network.branches(x), expected):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
@@ -408,20 +409,68 @@ def test_average_pool_by_hand():
     assert average_pool(x, 2).tolist() == [[[[3., 6.], [3., 6.]]]]
 
 
-def test_sampling_grid_as_documented():
-    """Labels go down to pixel 4i+2, logits go up centred between pixels 4i+1 and 4i+2."""
-    rows = torch.arange(32.).view(1, 1, 32, 1).expand(1, 1, 32, 32)
-    assert F.interpolate(rows, (8, 8), mode="nearest-exact")[0, 0, :, 0].tolist() == [4 * i + 2 for i in range(8)]
-    for H in (32, 33, 97):
-        h = -(-H // 4)
-        rows = torch.arange(float(H)).view(1, 1, H, 1)
-        labels = F.interpolate(rows, (h, 1), mode="nearest-exact").flatten()
-        assert labels.tolist() == [int((i + 0.5) * H / h) for i in range(h)]
-        spike = torch.zeros(1, 1, h, 1)
-        spike[0, 0, 3] = 1
-        up = F.interpolate(spike, (H, 1), mode="bilinear", align_corners=False).flatten()
-        centre = (up * (torch.arange(H) + 0.5)).sum() / up.sum()
-        assert abs(centre - 3.5 * H / h) < 0.1
+def test_labels_and_logits_lie_upon_each_other():
+    """Cell i takes the label of pixel 4 i, and its logits come back there, to the last pixel."""
+    network = small()
+    for side in (33, 65, 321):
+        rows = torch.arange(side).view(1, side, 1).expand(1, side, side)
+        cells = to_cells(rows, network)
+        assert cells[0, :, 0].tolist() == list(range(0, side, 4)) and cells.shape[1:] == (side // 4 + 1,) * 2
+        torch.testing.assert_close(to_pixels(cells[:, None], (side, side))[0, 0], rows[0].float())
+    x = torch.zeros(1, 3, 350, 262)
+    assert resized(x, 1, network).shape[2:] == (353, 257) and resized(x, 0.5, network).shape[2:] == (161, 129)
+    assert resized(x, 0.01, network).shape[2:] == (33, 33) and resized(x[..., :321, :33], 1, network).shape[2:] == (321, 33)
+
+
+def linear(module):
+    """The same, but every layer is a mean of what it sees: where the network looks can be read off its gradient."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.ReLU, nn.ReLU6)):
+            setattr(module, name, nn.Identity())
+        elif isinstance(child, nn.MaxPool2d):
+            setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
+        linear(child)
+    if isinstance(module, nn.Conv2d):
+        module.weight.data.fill_(1 / module.weight[0].numel())
+    return module.eval()
+
+
+@pytest.mark.parametrize("encoder, strides", [
+    (lambda: nn.Sequential(*list(small().encoder.children())[:6]), (8,)),         # ResNet-18 up to C3
+    (EfficientNetLite0, (4, 8, 16)), (lambda: DeepLabVGG16(3).features, (8,))])
+def test_cell_i_looks_at_pixel_s_times_i(encoder, strides):
+    x = torch.ones(1, 3, 513, 513, requires_grad=True)
+    maps = linear(encoder())(x)
+    for level, s in zip(maps if isinstance(maps, list) else [maps], strides):
+        k = 256 // s - 1                                      # not the middle one, where all would agree
+        seen, = torch.autograd.grad(level[0, :, k, k].sum(), x, retain_graph=True)
+        seen = seen[0].sum((0, 2))                            # how much of each row
+        assert level.shape[2] == 512 // s + 1 and seen[0] == seen[-1] == 0 and seen.sum() > 0
+        assert abs((seen * torch.arange(513)).sum() / seen.sum() - s * k) < 1e-2
+
+
+def test_the_pyramid_puts_every_level_where_it_belongs():
+    """A spike in cell 3 of C5, at pixel 96, becomes a hill around cell 24 of the fused map, and so on."""
+    class Given(EfficientNetLite0):
+        def forward(self, x):
+            return self.levels
+
+    network = linear(small(backbone="efficientnet_lite0"))
+    for conv in network.pyramid:                              # what is pooled has no place
+        conv[1].weight.data.zero_(), conv[1].bias.data.zero_()
+    network.encoder = Given()
+    for spiked, s in enumerate((4, 8, 16, 32)):
+        hills = []
+        for height in (0.0, 1.0):
+            levels = [torch.zeros(1, c, 256 // t + 1, 256 // t + 1) for c, t in zip(EfficientNetLite0.channels,
+                                                                                   (4, 8, 16, 32))]
+            levels[spiked][0, :, 96 // s, 96 // s] = height
+            network.encoder.levels = levels
+            with torch.no_grad():
+                hills.append(network.features(torch.zeros(1, 3, 257, 257)))
+        hill = (hills[1] - hills[0])[0].sum(0)
+        assert hill.shape == (65, 65) and hill.max() > 0
+        assert abs((hill.sum(1) * torch.arange(65)).sum() / hill.sum() - 24) < 1e-3
 
 
 # ---- weights files --------------------------------------------------------------------------------------------------
@@ -587,16 +636,21 @@ def test_probabilities_at_the_images_own_size(size):
 
 
 def test_one_scale_is_upsampled_logits_then_softmax():
-    network, image = small(), picture(37, 52)
+    """37x52 pixels are seen as 33x65; an image of 65x97 as it is."""
+    network, image = small(), picture(65, 97)
     logits = network(normalize(torch.from_numpy(image)[None]))
-    expected = F.interpolate(logits, (37, 52), mode="bilinear", align_corners=False).softmax(1)[0]
+    expected = F.interpolate(logits, (65, 97), mode="bilinear", align_corners=True).softmax(1)[0]
+    torch.testing.assert_close(predict(network, image), expected)
+    image = picture(37, 52)
+    view = F.interpolate(normalize(torch.from_numpy(image)[None]), (33, 65), mode="bilinear", antialias=True)
+    expected = F.interpolate(network(view), (37, 52), mode="bilinear", align_corners=True).softmax(1)[0]
     assert expected.std() > 0.01                              # something to tell apart
     torch.testing.assert_close(predict(network, image), expected)
     torch.testing.assert_close(predict(network, torch.from_numpy(image)), expected)          # a tensor does as well
 
 
 def test_views_are_averaged():
-    network, image = small(), picture(40, 48)
+    network, image = small(), picture(80, 96)
     one, half = predict(network, image), predict(network, image, scales=(0.5,))
     assert (one - half).abs().max() > 1e-3
     torch.testing.assert_close(predict(network, image, scales=(1.0, 0.5)), (one + half) / 2)
@@ -608,11 +662,11 @@ def test_views_are_averaged():
 def test_half_scale_by_hand():
     """Antialiased, so an image of alternating black and white columns is the even grey it looks like from afar."""
     network = small()
-    stripes = np.zeros((32, 64, 3), np.uint8)
+    stripes = np.zeros((66, 130, 3), np.uint8)
     stripes[:, ::2] = 255
-    view = F.interpolate(normalize(torch.from_numpy(stripes)[None]), (16, 32), mode="bilinear", antialias=True)
+    view = F.interpolate(normalize(torch.from_numpy(stripes)[None]), (33, 65), mode="bilinear", antialias=True)
     assert view[0, 0, 8].std() < 0.1
-    expected = F.interpolate(network(view), (32, 64), mode="bilinear").softmax(1)[0]
+    expected = F.interpolate(network(view), (66, 130), mode="bilinear", align_corners=True).softmax(1)[0]
     torch.testing.assert_close(predict(network, stripes, scales=(0.5,)), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -720,16 +774,17 @@ def test_vgg_any_size_stride_8(vgg, kind, height, width, h, w):
 
 
 def test_vgg_features_are_torchvisions(vgg):
-    """Up to the third pooling to the bit, on sides that are multiples of 8; behind it, its convolutions written out."""
+    """Up to the first pooling to the bit; behind it, its convolutions written out."""
     theirs = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"], batch_norm=False)
     theirs.load_state_dict(vgg["4x4"].features.state_dict(), strict=True)        # the same names, all of them
     x = torch.randn(1, 3, 32, 48)
     with torch.no_grad():
-        expected = theirs[:17](x)
-        assert torch.equal(vgg["4x4"].features[:17](x), expected)
-        for i in (17, 19, 21):
-            expected = F.relu(F.conv2d(expected, theirs[i].weight, theirs[i].bias, padding=1))
-        expected = F.max_pool2d(expected, 3, 1, 1)
+        expected = theirs[:4](x)
+        assert torch.equal(vgg["4x4"].features[:4](x), expected)
+        for layers, stride in (((), 2), ((5, 7), 2), ((10, 12, 14), 2), ((17, 19, 21), 1)):
+            for i in layers:
+                expected = F.relu(F.conv2d(expected, theirs[i].weight, theirs[i].bias, padding=1))
+            expected = F.max_pool2d(expected, 3, stride, 1)
         for i in (24, 26, 28):
             expected = F.relu(F.conv2d(expected, theirs[i].weight, theirs[i].bias, padding=2, dilation=2))
         expected = F.max_pool2d(expected, 3, 1, 1)
@@ -756,7 +811,7 @@ def test_holes_of_fc6(vgg, kind, seen):
 def test_cells_are_centred_on_their_pixels(vgg, kind):
     """With kernels that are their own mirror image a mirrored image has mirrored logits, to the cell: nothing leans
     to one side, neither the poolings nor the 4x4 kernel."""
-    network, x = vgg[kind], torch.randn(1, 3, 24, 40)
+    network, x = vgg[kind], torch.randn(1, 3, 25, 41)
     mirror = {k: (p + p.flip(3) + p.flip(2) + p.flip(2, 3)) / 4 if p.ndim == 4 else p
               for k, p in network.state_dict().items()}
     with torch.no_grad():
