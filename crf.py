@@ -9,7 +9,7 @@ matrices. PyTorch alone, on CPU or GPU; pydensecrf, the authors' C++ code with a
 and what the tests compare with.
 
 Run:    python crf.py holiday.jpg holiday.npy                                       (Box2Seg's network, ResNet-101)
-        python crf.py holiday.jpg holiday.npy --preset vgg16 --iterations 5         (BoxSup's)
+        python crf.py holiday.jpg holiday.npy --preset vgg16-plain                  (BoxSup's)
 Reads:  an image, and the class probabilities (C, H, W) of its pixels, any float type, as one gets them by
         numpy.save("holiday.npy", predict(network, image).cpu().numpy()), with predict() of model.py
 Writes: crf.png (--out): the image | most probable classes before | after
@@ -33,10 +33,12 @@ import torch.nn.functional as F
 from PIL import Image
 
 # PAPER SILENT: the CRF's parameters, in both papers (BoxSup points to DeepLab); those that DeepLab's authors found by
-# search on held-out images, for a VGG-16 and for a ResNet-101, with their 10 iterations (copies of their script for
-# LargeFOV have 49 pixels in place of 121). A network that is more or less confident needs a search of its own
-# (evaluate.py --crf-search): where probabilities are near 0 and 1, the CRF changes nothing.
-PRESETS = {"vgg16": dict(w=4, xy=121, rgb=5, gaussian_w=3, gaussian_xy=3),
+# search on held-out images, as others' code has them, for VGG-16 with a 4x4 fc6 ("plain", BoxSup's baseline), for its
+# LargeFOV and for a ResNet-101, with their 10 iterations (some copies have 49 pixels for LargeFOV in place of 121). A
+# network that is more or less confident needs a search of its own (evaluate.py --crf-search): where probabilities are
+# near 0 and 1, the CRF changes nothing.
+PRESETS = {"vgg16-plain": dict(w=5, xy=50, rgb=10, gaussian_w=3, gaussian_xy=3),
+           "vgg16": dict(w=4, xy=121, rgb=5, gaussian_w=3, gaussian_xy=3),
            "resnet101": dict(w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy=3)}
 ITERATIONS = 10
 
@@ -354,7 +356,8 @@ def main(argv):
     add("image", metavar="IMAGE", help="an image")
     add("probabilities", metavar="PROBABILITIES.npy", help="(C, H, W) class probabilities of its pixels, float")
     add("--preset", choices=sorted(PRESETS), default="resnet101", help="parameters for Box2Seg's network (resnet101: "
-        "w 4, xy 67, rgb 3) or for BoxSup's (vgg16: w 4, xy 121, rgb 5) (ours: %(default)s)")
+        "w 4, xy 67, rgb 3), for BoxSup's (vgg16-plain: w 5, xy 50, rgb 10) or its LargeFOV (vgg16: w 4, xy 121, "
+        "rgb 5) (ours: %(default)s)")
     add("--w", type=float, help="weight of the bilateral kernel: near and alike in colour (ours: 4)")
     add("--xy", type=float, help="its standard deviation in pixels (ours: the preset's)")
     add("--rgb", type=float, help="its standard deviation in colour, in steps of 0..255 (ours: the preset's)")

@@ -350,7 +350,8 @@ def crf_options(network, args):
         raise BadInput("--crf-backend pydensecrf is not installed: pip install pydensecrf2, or leave the flag out")
     preset = args.crf
     if preset in (None, "auto"):
-        preset = "vgg16" if network.arch["network"] == "DeepLabVGG16" else "resnet101"
+        vgg16 = "vgg16" if network.arch.get("large_fov") else "vgg16-plain"
+        preset = vgg16 if network.arch["network"] == "DeepLabVGG16" else "resnet101"
     given = {key: value for key, value in (("w", args.crf_w), ("xy", args.crf_xy), ("rgb", args.crf_rgb)) if value}
     return PRESETS[preset] | given | {"iterations": args.crf_iterations, "backend": args.crf_backend}
 
@@ -538,7 +539,7 @@ def classes_in(*labels):
 
 
 def attention_of(network, image, args):
-    """alpha (Sect. 3.2) at the image's own resolution: (L, H, W) numpy, class c at c - 1."""
+    """alpha (Sect. 3.1) at the image's own resolution: (L, H, W) numpy, class c at c - 1."""
     with torch.inference_mode(), autocast(args):
         x = normalize(torch.from_numpy(image)[None].to(args.device))
         _, logits, _ = network.branches(resized(x, 1.0, network))
@@ -900,7 +901,7 @@ def evaluate(args):
 
 # PAPER SILENT: which parameters of the CRF were tried; the weight and the two standard deviations of the kernel of
 # position and colour, on a coarse grid around the presets. The other kernel stays as it is: it matters little.
-GRID = {"xy": (33, 67, 121), "rgb": (3, 5, 10), "w": (2, 4, 7)}
+GRID = {"xy": (33, 50, 67, 121), "rgb": (3, 5, 10), "w": (2, 4, 7)}
 
 
 def crf_grid(args):
@@ -1012,7 +1013,8 @@ def main(argv):
 
     add = parser.add_argument_group("dense CRF on the predictions (crf.py)").add_argument
     add("--crf", nargs="?", const="auto", choices=["auto", *PRESETS], metavar="PRESET", help="refine them (paper), "
-        "with the parameters for a vgg16 or a resnet101 (ours: that which is more like the network)")
+        "with the parameters for a vgg16-plain, vgg16 (LargeFOV) or resnet101 (ours: that which is most like the "
+        "network)")
     add("--crf-w", type=float, metavar="W", help="weight of the kernel that knows colours, instead of the preset's")
     add("--crf-xy", type=float, metavar="PIXELS", help="how far it reaches")
     add("--crf-rgb", type=float, metavar="SD", help="colour standard deviation, 0-255")

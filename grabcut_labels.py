@@ -16,7 +16,7 @@ Writes  VOC2012/BoxMasks/<id>.png and VOC2012/GrabCutMasks/<id>.png: 8-bit PNG i
         and source.json in both: of which images, boxes, class names and GrabCut options, so that no run mixes them
 
     B(i) = c   pixel i lies in a box of class c (in the smallest such box, where boxes overlap); 0 in no box
-    M(i) = c   and GrabCut, run on that one box, takes pixel i for foreground
+    M(i) = c   GrabCut, run on a box of class c alone, takes pixel i for foreground (the smallest such box)
 
 With --coco or --yolo it first writes what it otherwise reads, and import.json, which says what it was made from.
 What exists is kept: a second run makes only what is missing, so a run may be interrupted at any time. Delete a folder
@@ -389,7 +389,7 @@ def require_a_box(paths, names):
 
 # ==== shared block "boxes to a map": equal to the byte in grabcut_labels.py and mcg_candidates.py
 def larger_first(boxes):
-    """Order in which boxes are painted, so that the smaller one ends up on top (Sect. 3.1)."""
+    """Order in which boxes are painted, so that the smaller one ends up on top (Box2Seg, Sect. 3.1)."""
     boxes = np.asarray(boxes, np.int64).reshape(-1, 4)
     # PAPER SILENT: what a box's size is; its area inside the image, and of two equal ones the later annotated is on top
     return np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
@@ -408,8 +408,8 @@ def box_mask(boxes, classes, size):
 # ---------------------------------------------------------------- GrabCut
 # PAPER SILENT: GrabCut's iterations; 5, fewer where one moves at most 3 pixels of 1,000 (a fifth less time, the same
 # score).
-# DEPARTS: the GrabCut that the paper cites [44] learns the background from the whole image outside the box. Ours takes
-# a margin of 10 % of the box around it: far parts of the image share colours with the object more often than they help.
+# PAPER SILENT: from how much of the image around the box GrabCut learns the background; OpenCV's takes all of it, ours
+# a margin of 10 % of the box: far parts of the image share colours with the object more often than they help.
 # PAPER SILENT: whether a box knows of its neighbours; what lies in another box of its class is not taken for sure
 # background ("background pixels outside all boxes are correctly labeled", Sect. 1): in a flock the margin is full of
 # the other sheep, and a background model that has learnt sheep finds no sheep.
@@ -420,11 +420,11 @@ def box_mask(boxes, classes, size):
 # boundary. Much smaller would lose objects: GrabCut weighs a sum over the area (colour) against one
 # over the boundary (smoothness), and the fewer pixels there are, the more the boundary counts.
 # PAPER SILENT: what to do where GrabCut loses the object; an iteration that leaves less than 15 % of the box is taken
-# back, which leaves the iteration before it. Where that was the first (16 % of the boxes of the 311 images of VOC's
-# train whose ids begin with 2007), a second attempt takes an ellipse in the middle of the box, 0.7 of its sides, for
-# sure foreground: these labels score 76.2 mIoU, those with whole boxes instead 75.0, with the ellipse at 0.5, 0.6 or
-# 0.8 of the sides 76.1 to 76.2. A box that covers the image has no sure background; there the second attempt takes the
-# corners outside the ellipse that touches the image's sides for perhaps background.
+# back, which leaves the iteration before it. Where already the first leaves less (16 % of the boxes of the 311 images
+# of VOC's train whose ids begin with 2007), a second attempt takes an ellipse in the middle of the box, 0.7 of its
+# sides, for sure foreground: these labels score 76.2 mIoU, those with whole boxes instead 75.0, with the ellipse at
+# 0.5, 0.6 or 0.8 of the sides 76.1 to 76.2. A box that covers the image has no sure background; there the second
+# attempt takes the corners outside the ellipse that touches the image's sides for perhaps background.
 COVERS_IMAGE, EMPTY, TOO_SMALL = "box covers the image", "GrabCut found nothing", "GrabCut found too little"
 STAYS_WHOLE = "box stays whole"  # the second attempt found too little as well
 
@@ -533,6 +533,7 @@ def grabcut_mask(image, boxes, classes, share=True, **options):
     Smaller boxes are painted last, as in B; but where a smaller box's GrabCut sees background and a larger box's sees
     foreground, M is the larger one's class, B the smaller one's.
     """
+    # PAPER SILENT: how the GrabCuts of boxes that overlap are merged; the smaller box's foreground goes on top.
     mask = np.zeros(image.shape[:2], np.uint8)
     fallbacks = [None] * len(boxes)
     boxes, classes = np.asarray(boxes).reshape(-1, 4), np.asarray(classes)
@@ -811,6 +812,8 @@ def fill_rate_table(folders, ids, names):
 
 def class_fill_rates(voc, ids, out=None):
     """Labels on disk -> (L,) float32 tensor: each class's mean filling rate, 1 for a class that has no box."""
+    # DEPARTS: Song et al. estimate their rates by a dense CRF, box by box, and have 1 to 3 a class (Sect. 2, Fig. 2).
+    # Ours are of GrabCut's masks, of a class's boxes in an image together, one a class.
     import torch
     names = class_names(voc)
     classes = fill_rate_table(label_paths(voc, out), ids, names)["classes"]

@@ -39,7 +39,8 @@ What holds for every loss:
   and gets exactly zero gradient.
 - A class, image or batch with nothing to sum adds a finite 0 that still carries gradient (distributed training needs
   every parameter to get one).
-- float32 inside whatever comes in, float64 stays float64. Call them outside autocast; inside it the values still hold.
+- Computed in float32 for any input type; float64 stays float64. Call them outside autocast; inside it the values still
+  hold.
 - No loop over pixels, classes or images, and no host-device synchronisation.
 - Each function runs when its source alone, with the losses that it names, is pasted into a file with the two imports
   below.
@@ -81,7 +82,8 @@ def foreground_loss(logits, alpha, box_labels):
         L_fg = sum_c  -1 / sum_i B(i, c)  sum_i  alpha(i, c) B(i, c) log y(i, c)        c = 1..L
 
     logits (N, L+1, h, w), alpha (N, L, h, w) in [0, 1], box_labels (N, h, w) -> scalar.
-    Gradient flows into both: where y is sure of class c attention is free, where it is not attention shrinks.
+    Gradient flows into both: where y is sure of class c, attention costs nothing; where it is not, the loss pushes
+    attention down.
     """
     # DEPARTS: Eq. 3 prints 1 / sum_i B(i, c) before the sum over c, where c is not bound. We divide each class by its
     # own box area, "to give similar weighting to each class" as its text says, sum over classes, mean over images.
@@ -117,8 +119,9 @@ def attention_box_loss(alpha, box_labels):
     """
     # DEPARTS: Eq. 6 prints a sum over all pixels, which at lambda_alpha = 1 would be thousands of times larger than the
     # other terms, which are means. We take the mean over labelled pixels, the sum over classes and the mean over
-    # images. (At the paper's weights this keeps attention from 0 less firmly than L_alpha^fr, and least of all in small
-    # boxes.)
+    # images. (In boxes of less than half the crop this keeps attention from 0 less firmly than L_alpha^fr. The printed
+    # sum keeps it alive even at the printed weights, where features are fixed and no other gradient can drown in it:
+    # tests/attention_readings.py. Not measured: the sum with a whole network.)
     alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
     classes = torch.arange(1, alpha.shape[1] + 1, device=alpha.device).view(1, -1, 1, 1)
     B = (box_labels[:, None] == classes).to(alpha.dtype)                                          # (N, L, h, w)
@@ -189,7 +192,7 @@ def pair_samples(labels, num_classes, fraction=0.1):
     """How many pixels per class to sample for Eq. 10, so that their pairs are `fraction` of an image's pixel pairs.
 
     Sect. 4.1: "randomly sampling 10% of pixel pairs". S samples make S^2 pairs, so S = sqrt(fraction) m, shared equally
-    by the classes that occur.
+    by the classes that occur. Repeated draws count: where a class is small there are fewer different pairs.
 
     labels (N, h, w) -> (N,) int64, at least 1.
     """
@@ -209,8 +212,9 @@ def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
 
     "To avoid creating large affinity matrices of size m x m, we randomly sample a small fraction of pixel embeddings
     equally from each class" (Sect. 3.4). Equally: a class with fewer pixels than num_samples has them sampled again,
-    in turn, so a sample is a pixel and its count w_i. Then even the matrix of the sampled pixels need not be: with E
-    the unit embeddings and Y the targets as columns, weighted by w, the squares multiply out to small Gram matrices,
+    in turn, so a sample is a pixel and its count w_i. Then even the matrix of the sampled pixels need not be built:
+    with E the unit embeddings and Y the targets as columns, weighted by w, the squares multiply out to small Gram
+    matrices,
 
         sum_ij w_i w_j (e_i.e_j - y_i.y_j)^2  =  ||E W E^T||_F^2  -  2 ||E W Y^T||_F^2  +  ||Y W Y^T||_F^2
 
@@ -273,10 +277,12 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
                             attention_box_loss(alpha, box_labels))
         loss = loss + lambda_aw * terms["L_AW"] + lambda_alpha * terms["L_alpha"]
     if lambda_a:
-        # PAPER SILENT: whether the gradient of Eq. 10 reaches y in stage 2. It "encourages the pixel affinities to
-        # align with the predicted segmentation probabilities" (only the embeddings move), yet Sect. 2 speaks of
-        # "minimizing disagreements between them and estimated segmentation output" (both move). Both by default; with
-        # detach_targets, L_A reaches y only through the features that the branches share.
+        # PAPER SILENT: whether the gradient of Eq. 10 reaches y in stage 2. The embeddings "are trained by minimizing
+        # disagreements between them and estimated segmentation output" (Sect. 1: only they move), yet "the entire
+        # network" is trained "end-to-end to optimize the loss function in Eqn. 11" (Sect. 4.1: both move). Both by
+        # default; with detach_targets, L_A reaches y only through the features that the branches share.
+        # PAPER SILENT: by which labels pixels are sampled "equally from each class" in stage 2. By M, which stands
+        # still; the largest y would start without most of the classes.
         y = F.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
         y = y.detach() if detach_targets else y
         terms["L_A"] = affinity_loss(embeddings, y, mask_labels, num_samples, generator)
@@ -334,17 +340,19 @@ def regression_cost(logits, superpixels, members, boxes, classes):
     boxes (K, 4), classes (K,) in 1..L -> (K, N). A pixel in several boxes counts in the smallest of them alone, whose
     segment is painted last; a box that has no pixel left costs 0 with every segment, and Eq. 2 alone chooses.
 
-    Only the pixels of the segment tell its cost from another's: with background everywhere, sum_p e(X(p), 0), taken
-    apart, what is left is a sum over superpixels, and all boxes and segments together are one matrix product,
+    Split the sum: every pixel of the box costs e(X(p), 0), whatever the segment; each pixel of the segment then adds
+    e(X(p), class k) - e(X(p), 0). The second part is a sum over superpixels, so that all boxes and segments together
+    are one matrix product,
 
         HW E_r(k, n) = sum_p e(X(p), 0)  +  sum_r members(n, r) D(k, r)
         D(k, r)      = sum_{p in B_k and superpixel r}  e(X(p), class k) - e(X(p), 0)
     """
     # DEPARTS: Eq. 3 prints a sum over all pixels of the image, beside Eq. 2, which is at most 1: with lambda = 3, Eq. 2
     # would not matter. We take what Eq. 1 is in training, the mean over the image, and of it the pixels of the box;
-    # what a segment covers outside is left to Eq. 2. (The mean over the box's pixels is several times larger: at lambda
-    # = 3 a network that is not yet sure of its objects then chooses tiny segments, and its feedback makes the masks
-    # worse.)
+    # what a segment covers outside is left to Eq. 2. So E_r hardly counts for small boxes. (The mean over the box's
+    # pixels is larger by the image's area over the box's, 13 times for the median box of VOC's 2007 images: at lambda =
+    # 3 a network that is not yet sure of its objects then chooses tiny segments, and its feedback makes the masks
+    # worse. Not measured: this mean for recognized boxes only.)
     # PAPER SILENT: what Eq. 3 counts where boxes overlap, when each box chooses by itself. A pixel in several boxes is
     # the smallest one's, whose segment is painted last: 73.0 / 68.9 mIoU of the chosen masks in place of 72.2 / 68.5
     # where such pixels counted for none (docs/results.md, "Network feedback"). (Where the smallest box's segment leaves

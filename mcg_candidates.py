@@ -11,7 +11,7 @@ Images to candidate segments: the pool from which BoxSup samples its masks (Dai 
 Reads   VOC2012/JPEGImages/<id>.jpg (or .jpeg, .png, .webp, .bmp, .tif, in capitals, too), Annotations/<id>.xml,
         ImageSets/Segmentation/<split>.txt, class_names.txt if there
         (or a COCO instances_*.json and its images)
-Writes  VOC2012/Candidates-mcg/<id>.npz (-ss, -gop), 3,500 segments at most, best first, and source.json:
+Writes  VOC2012/Candidates-mcg/<id>.npz (-ss, -gop), 3,500 segments at most, best first (gop: by seed), and source.json:
 
     superpixels      (H, W) int32   ids 0..R-1; every segment is a union of superpixels
     members          (N, R) bool    segment n holds superpixel r; packed along axis 1 by numpy.packbits
@@ -396,7 +396,7 @@ def require_a_box(paths, names):
 
 # ==== shared block "boxes to a map": equal to the byte in grabcut_labels.py and mcg_candidates.py
 def larger_first(boxes):
-    """Order in which boxes are painted, so that the smaller one ends up on top (Sect. 3.1)."""
+    """Order in which boxes are painted, so that the smaller one ends up on top (Box2Seg, Sect. 3.1)."""
     boxes = np.asarray(boxes, np.int64).reshape(-1, 4)
     # PAPER SILENT: what a box's size is; its area inside the image, and of two equal ones the later annotated is on top
     return np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
@@ -725,7 +725,8 @@ def mcg(image, max_candidates=3500):
     if len(areas) == 1:
         return superpixels, np.ones((1, 1), bool)
 
-    # 2. Coarse contours, too, are read on the arcs of these superpixels: so there are no trees to align, as MCG must.
+    # 2. Coarse contours, too, are read on the arcs of these superpixels, so that all trees share one set of
+    # superpixels, and MCG's alignment of trees is not needed.
     arcs = border_arcs(superpixels)
     strengths = [along_arcs(contour, arcs) for contour in contours]                               # each (A,)
     spectral = spectral_strength(arcs, strengths[-1], len(areas))
@@ -829,9 +830,9 @@ def distinct(members):
 
 # ---------------------------------------------------------------- Selective Search (Uijlings et al., IJCV 2013)
 # PAPER SILENT: in which settings Selective Search was run; three colour spaces x four sets of similarities x two
-# starting segmentations, ranked as in its paper (Sect. 3.3: position in the hierarchy times a random number). Its
-# start, Felzenszwalb and Huttenlocher's segments, is grown from superpixels here instead of pixels: so all of its
-# segments are unions of one set of superpixels, and it takes a hundredth of the steps.
+# starting segmentations, ranked as in its paper (Sect. 3.3: position in the hierarchy times a random number).
+# DEPARTS: Selective Search starts from Felzenszwalb and Huttenlocher's segments, grown from pixels. Here they are grown
+# from superpixels: so all segments are unions of one set of superpixels, and it takes a hundredth of the steps.
 def felzenszwalb(pairs, weights, sizes, scale):
     """Felzenszwalb and Huttenlocher (IJCV 2004) on a graph: (A, 2), (A,), sizes (R,) -> segment of each node, (R,).
 
@@ -949,8 +950,10 @@ def selective_search(image, max_candidates=3500, spacing=10, scales=(0.01, 0.02)
 
 
 # ---------------------------------------------------------------- Geodesic Object Proposals (Kraehenbuehl, Koltun)
-# PAPER SILENT: in which settings GOP (ECCV 2014) was run; its form without learning here: seeds by geodesic distance
-# alone, and as background nothing, the image's border, or one of its sides; on superpixels of a watershed.
+# PAPER SILENT: in which settings GOP (ECCV 2014) was run; as background nothing, the image's border, or one of its
+# sides; on superpixels of a watershed.
+# DEPARTS: the published GOP learns where to put its seeds and masks. Ours is its form without learning, with seeds by
+# geodesic distance alone: nothing here has seen a mask.
 def geodesic_distance(near, sources):
     """Dijkstra: near[i] = [(neighbour, weight), ...], sources: nodes at distance 0 -> (R,) distances."""
     distance = [np.inf] * len(near)
@@ -1097,7 +1100,7 @@ def read_coco(path, names, masks=False):
     # PAPER SILENT: what COCO's crowd regions count as; as boxes they are left out: one box around many objects, which
     # no segment fits. As masks they are ignored (255): nobody has labelled their pixels one by one.
     # PAPER SILENT: what COCO's images with none of the classes are trained on as. Table 1 counts all 123,287; as
-    # background, which their boxes of the 80 categories make sure of.
+    # background: COCO labels all of its 80 categories in every image, so these images contain none of ours.
     if not Path(path).is_file():
         raise BadInput(f"no --coco {path}: expected an instances_*.json of COCO")
     try:

@@ -33,7 +33,7 @@ background), d = 64 and a crop of 321x321 pixels:
     -----------------------------------------------------------------------------------------------------
     in training, and at test (without the last two rows)                               58,066,857, 56,864,597
 
-Every convolution has a BatchNorm and a ReLU behind it, but for the last of each decoder.
+Every convolution behind the encoder has a BatchNorm and a ReLU behind it, but for the last of each decoder.
 
 DeepLabVGG16: VGG-16 without its last two strides, its fully connected layers as convolutions.
 
@@ -954,8 +954,9 @@ def catch_interrupts():
 def mixed_precision(amp, device):
     """--amp -> (what "auto" means here, the autocast context, the scaler of the gradients, which does nothing but for
     fp16)."""
-    # DEPARTS: both papers trained in float32. bf16 is the default where the hardware multiplies it: it needs no loss
-    # scaling and halves the memory; scores stay float32. Not measured: what it costs in mIoU on VOC.
+    # PAPER SILENT: the precision of training, float32 in both papers' years. bf16 is the default where the hardware
+    # multiplies it: it needs no loss scaling and halves the memory; scores stay float32. Not measured: what it costs in
+    # mIoU on VOC.
     if amp == "auto":
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
                   getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))  # unknown to an old PyTorch

@@ -49,7 +49,8 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
     "aw-fr":        ("grabcut",        "L_GC",    True,  "fr",    False),
     "box2seg":      ("grabcut",        "L_GC",    True,  "fr",    True),
     "mask":         ("masks",          "L_CE",    False, None,    False),
-    # PAPER SILENT: what keeps attention from 0 in Table 4. L_alpha^fr, with the filling rates of the true masks.
+    # PAPER SILENT: what keeps attention from 0 in Table 4. L_alpha^fr, with the filling rates of the true masks. (Those
+    # of GrabCut's masks would ask for attention also where the truth lacks an object, as in Fig. 7. Not measured.)
     "mask-aw":      ("masks",          "L_CE",    True,  "fr",    False),
     "filling-rate": ("boxes",          "L_FR",    False, None,    False),  # Song et al. 2019, see Sect. 2
 }
@@ -57,8 +58,10 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
 # --recipe sets these defaults; a flag of its own overrides each.
 # PAPER SILENT: batch size, crop, and how long stage 1 lasts; 16 (DeepLab's of the time is 10 to 20), 321 (DeepLab's),
 # and 5 epochs, an eighth of stage 2. The poly schedule runs anew in each stage.
-# PAPER SILENT: augmentation. Scale 0.5 to 2, flip and crop are what DeepLab and its kin of the time used.
-# DEPARTS: the paper names no jitter of colours; ours is 0.3 in every recipe, its own too. Not measured: 0.
+# PAPER SILENT: augmentation. Scale 0.5 to 2, flip and crop are what DeepLab and its kin of the time used; they had no
+# jitter of colours, which is 0.3 here, in the paper's recipe too. Not measured: 0.
+# PAPER SILENT: the power of the "polynomially decaying learning rate as in [7]", and whether it decays by steps or
+# epochs; 0.9 and steps, as DeepLab's.
 # DEPARTS: the paper prints lambda_AW 10, lambda_alpha 1 (Sect. 4.1). Eq. 3 and Eq. 8 have the same normaliser, so that
 # attention grows only where y_c > exp(-lambda_alpha / lambda_AW): at 10 and 1 above 0.905, where no new network is, and
 # it dies in the first steps. lambda_alpha = 5 lambda_AW holds it from y_c = 0.007 on; "printed" has the printed ones.
@@ -144,8 +147,7 @@ def mean_fill(alpha, B):
 
 
 def dead_attention(means):
-    """The remark on an epoch in which attention filled next to nothing, so that L_alpha had 0.9 of its greatest value
-    or more."""
+    """The remark on an epoch in which attention filled next to nothing."""
     if means.get("eta'", 1.0) < 0.05:
         return ("attention is dead: it fills less than 5 % of the boxes, and L_AW is little more than the background's "
                 "loss; if it stays so, give --lambda-alpha at least 5 times --lambda-aw (with --loss aw-box 50 times)")
@@ -271,7 +273,7 @@ def parse_arguments(argv):
     add("--lr", type=float, help="initial learning rate (paper: 1e-4; default %(default)s)")
     add("--momentum", type=float, default=0.9, help="(paper: %(default)s)")
     add("--weight-decay", type=float, default=5e-4, help="(paper: %(default)s)")
-    add("--power", type=float, default=0.9, help="lr = initial (1 - step / steps)^power (paper: %(default)s)")
+    add("--power", type=float, default=0.9, help="lr = initial (1 - step / steps)^power (DeepLab's: %(default)s)")
     add("--clip-norm", type=float, help="largest norm of the gradient, 0 for any (ours; default %(default)s)")
     add("--lambda-aw", type=float, help="weight of L_AW (paper: 10, which kills attention; default %(default)s)")
     add("--lambda-alpha", type=float, help="weight of L_alpha (paper: 1; ours: at least 5 times --lambda-aw; default "
@@ -311,8 +313,8 @@ def check(args, device, out):
 def training_images(voc, args):
     """--split and --masks -> (ids, the file that names them)."""
     ids, list_file = training_list(voc, args.split)
-    # PAPER SILENT: which images have masks in Table 5, and the schedule of its fine-tuning; a random choice, the same
-    # whatever the seed of the run, and the schedule of stage 2.
+    # PAPER SILENT: which images have masks in Table 5, the loss and the schedule of its fine-tuning; a random choice,
+    # the same whatever the seed of the run, cross-entropy on these images alone, and the schedule of stage 2.
     if args.masks < 1:
         keep = np.random.default_rng(0).permutation(len(ids))[:max(1, round(args.masks * len(ids)))]
         ids = [ids[i] for i in sorted(keep)]
@@ -387,6 +389,8 @@ def main(argv):
     interrupted = catch_interrupts()
     read = partial(read_pair, voc, len(names))
     per_epoch = len(ids) // args.batch_size
+    # PAPER SILENT: whether Table 3's rows without L_A have a stage 1, and whether its epochs are among the 40. Here
+    # they have none, and the 40 are stage 2's; tests/ablation.py --budget gives all rows as many epochs.
     for stage, epochs in ((1, args.pretrain_epochs if with_a else 0), (2, args.epochs)):
         step = first_step if stage == first_stage else 0
         if stage < first_stage or step >= epochs * per_epoch:

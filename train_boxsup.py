@@ -62,10 +62,11 @@ SUPERVISION = ("candidates", "rectangles", "grabcut", "masks")
 # --recipe sets these defaults; a flag of its own overrides each.
 # PAPER SILENT: crop, augmentation, momentum, weight decay and the rate of the new layer; the baseline's (DeepLab, Chen
 # et al., ICLR 2015), which the paper says it reproduces: crops of 321, mirrored but not scaled, 0.9, 5e-4, ten times.
+# (In others' copies of its settings biases learn twice as fast as weights and do not decay; not here.)
 # PAPER SILENT: a setting for networks that start from scratch; "small" is ours, with the views of train_box2seg.py, and
 # with labels by E_o alone for half of the epochs. A network that still takes everything for background makes E_r
-# smallest for the smallest segment, learns from that that there is nothing but background, and never comes back. Hence
-# a lambda of 1, too. Both were chosen before --min-recognized, and were not measured with it.
+# smallest for the smallest segment, learns from those masks that everything is background, and never comes back. For
+# the same reason lambda is 1. Both were chosen before --min-recognized, and were not measured with it.
 # PAPER SILENT: a setting for photographs without a large GPU; "photos" is ours, the encoder of train_box2seg.py's.
 RECIPES = {
     "paper": dict(backbone="vgg16", pretrained=True, crop=321, batch_size=20, epochs=45, lr_drop=15, lr=1e-3,
@@ -86,8 +87,8 @@ RECIPES = {
 
 def train(network, images, boxed, choices, optimizer, autocast, scaler, args, progress):
     """Sect. 4.3: "We iteratively perform the above two steps, fixing one set of variables and solving for the other
-    set. For each iteration, we update the network parameters using one training epoch, [...] and after that we update
-    the segment labeling of all images."
+    set. For each iteration, we update the network parameters using one training epoch (i.e., all training images are
+    visited once), and after that we update the segment labeling of all images."
 
     boxed: the indices of the images that learn from candidates; choices: {index: (K,) the candidate that each box
     holds, -1 for none}, filled here.
@@ -96,6 +97,8 @@ def train(network, images, boxed, choices, optimizer, autocast, scaler, args, pr
     crops = Crops(images, num_classes, args.crop, tuple(args.scale), args.colour, args.seed)
     model = in_parallel(network, args.compile)
 
+    # PAPER SILENT: what becomes of a last batch that is not full; its images, at most --batch-size less one of the
+    # epoch's random order, wait for another epoch.
     for epoch in range(progress.step // progress.per_epoch, args.epochs):
         # ---- first step: theta fixed, update {l_S}
         if boxed and progress.step == epoch * progress.per_epoch:
@@ -188,9 +191,9 @@ def paint(size, boxes, classes, segments):
     """
     # PAPER SILENT: which of two segments that overlap is on top; that of the smaller box, as for rectangles (and as in
     # Box2Seg), since what lies in front is more often the smaller.
-    # DEPARTS: "All other pixels are assigned the background label" (Sect. 4.3), and so is here what a segment covers
-    # outside its box, which is not the object, and which Eq. 3 does not count either: masks of 68.9 mIoU in place of
-    # 67.2 (docs/results.md, "Network feedback").
+    # DEPARTS: the paper paints the whole segment, and "all other pixels are assigned the background label" (Sect. 4.3).
+    # Here the part of a segment outside its box becomes background, too: it is not the object, and E_r does not count
+    # it. Masks of 68.9 mIoU in place of 67.2 (docs/results.md, "Network feedback").
     labels = np.zeros(size, np.uint8)
     for k in larger_first(boxes):
         x0, y0, x1, y1 = boxes[k]
@@ -471,7 +474,7 @@ def parse_arguments(argv):
     add("--top-k", type=int, default=5, metavar="K", help="sample one of the K cheapest candidates (paper: 5; 1: "
         "without sampling)")
     add("--warm-up", type=int, metavar="EPOCHS", help="choose by E_o alone for so many epochs, while the network knows "
-        "nothing (ours: 1, before any epoch it cannot; with --init 0 may be given; default %(default)s)")
+        "nothing (ours: 1, since an untrained network cannot choose; 0 is allowed with --init; default %(default)s)")
     add("--min-recognized", type=float, default=0.3, metavar="SHARE", help="lambda is 0 for a box of which the network "
         "calls less than this share by its class (ours: %(default)s; 0: the printed constant lambda)")
     add("--lambda-r", type=float, metavar="LAMBDA", help="weight of Eq. 3 in Eq. 4 (paper: 3; default %(default)s)")

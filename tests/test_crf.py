@@ -275,6 +275,7 @@ def test_it_mends_a_ragged_prediction():
 
 def test_presets_are_those_of_the_design():
     assert PRESETS["vgg16"] == dict(w=4, xy=121, rgb=5, gaussian_w=3, gaussian_xy=3)
+    assert PRESETS["vgg16-plain"] == dict(w=5, xy=50, rgb=10, gaussian_w=3, gaussian_xy=3)
     assert PRESETS["resnet101"] == dict(w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy=3)
     image, probabilities = picture(20, 20, 5)[0], softmaps(3, 20, 20)
     assert torch.equal(dense_crf(image, probabilities), dense_crf(image, probabilities, **PRESETS["resnet101"],
