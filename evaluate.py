@@ -960,10 +960,10 @@ def predict_folder(args):
         paths = {name: find_image(args.images, name) for name in read_list(args.list)}
         require(list(paths.values()), "image")
     else:
-        wanted = sorted(path for path in args.images.iterdir()
-                        if path.suffix.lower() in SUFFIXES and not path.name.startswith("._"))
+        there = sorted(args.images.iterdir())
+        wanted = [path for path in there if path.suffix.lower() in SUFFIXES and not path.name.startswith("._")]
+        others = [path.name for path in there if path.suffix.lower() not in SUFFIXES and path.name[0] != "."]
         paths = {path.stem: path for path in wanted}
-        others = [path.name for path in sorted(args.images.iterdir()) if path not in wanted and path.name[0] != "."]
         if wanted and others:
             print(f"{len(others)} not read in {args.images}: {', '.join(others[:3])}{', ...' * (len(others) > 3)} "
                   "(folders, or other endings)")

@@ -203,7 +203,7 @@ def box2seg_step(c, images, B, M, backbone=None, network=None, **options):
 
     def loss_of(outputs):
         logits, attention, beta = outputs
-        b, m = B[:, ::4, ::4], M[:, ::4, ::4]                                       # model.to_cells
+        b, m = to_cells(B, Box2SegNet), to_cells(M, Box2SegNet)
         generator.manual_seed(0)
         return losses.box2seg_loss(logits, attention.float().sigmoid(), beta, b, m, losses.pair_samples(m, CLASSES),
                                    generator=generator)[0]
@@ -213,7 +213,7 @@ def box2seg_step(c, images, B, M, backbone=None, network=None, **options):
 def plain_step(c, images, M):
     """The same network, the y branch and cross-entropy alone."""
     def loss_of(outputs):
-        return losses.cross_entropy_loss(outputs[0], M[:, ::4, ::4])
+        return losses.cross_entropy_loss(outputs[0], to_cells(M, Box2SegNet))
     return training_step(c, Box2SegNet(CLASSES, c.backbone, attention=False, embedding=False), images, loss_of)
 
 
