@@ -181,7 +181,7 @@ def upsample(x, like, align_corners=True):
 # All layers with a stride pad alike on both sides, so that cell i of a map at stride s looks at pixel s * i, and around
 # it. If the image is 32 k + 1 pixels wide (DeepLab's 321, for one), the last cell of every map lies on the last pixel,
 # and all maps, logits and labels lie exactly upon each other: cell 0 on pixel 0, the last on the last. So crops are of
-# 32 k + 1 pixels, whole images are brought to the next such size, and upsampling aligns the corners. (Maps stretched
+# 32 k + 1 pixels, whole images are brought to the nearest such size, upsampling aligns the corners. (Maps stretched
 # over the image instead, align_corners=False, lie up to half a cell of 32 pixels off, another way in an image of
 # 32 k + 1 pixels than in one of 32 k. Networks trained so lost 2 to 4 points of mIoU at test; docs/results.md.)
 
@@ -733,7 +733,8 @@ def predict(model, image, scales=(1.0,), flip=False):
             paper's plain test.
     Raises ValueError on an image that is not uint8 RGB, on no scale, and on a scale that is not above 0.
     """
-    # PAPER SILENT: whether Box2Seg's Table 1 uses several scales or mirroring at test. One view by default.
+    # PAPER SILENT: whether Box2Seg's Table 1 uses several scales or mirroring at test, and at which size a whole image
+    # is seen, in both papers. One view by default, of its own size but for up to 16 pixels a side (VGG-16: 4).
     # DEPARTS: BoxSup averages the score maps of its three scales (Sect. 5.1). We average probabilities: a view with
     # large scores then does not outweigh the others. Not measured: the difference on VOC.
     if len(scales) == 0 or not all(0 < s < math.inf for s in scales):
