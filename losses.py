@@ -253,12 +253,13 @@ def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples=256, lambda_aw=1.0, lambda_alpha=5.0,
-                 lambda_a=1.0, regularizer="fr", gamma=0.7, detach_targets=False, generator=None):
+                 lambda_a=1.0, regularizer="fr", gamma=0.7, detach_targets=False, generator=None, fill_labels=None):
     """Box2Seg Eq. 11: L = L_GC + lambda_AW L_AW + lambda_alpha L_alpha + lambda_A L_A.
 
     logits (N, L+1, h, w); alpha (N, L, h, w) or None if lambda_aw = 0; embeddings (N, d, h, w) or None if lambda_a = 0;
     box_labels, mask_labels (N, h, w); regularizer "fr" (L_alpha^fr) or "box" (L_alpha^bbox, Eq. 6). A weight of 0
-    leaves its term out, which makes the rows of Table 3.
+    leaves its term out, which makes the rows of Table 3. fill_labels (N, h, w): labels for the filling rates of
+    L_alpha^fr, where they are not mask_labels (Table 4: GrabCut's beside true masks).
     -> (scalar, {"L_GC": ..., "L_AW": ..., "L_alpha": ..., "L_A": ...}), the terms unweighted and detached.
     """
     # DEPARTS: Sect. 4.1 prints the weights 10, 1, 1; ours are 1, 5, 1. Where attention fills less than gamma eta, its
@@ -273,7 +274,8 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
         terms["L_AW"] = attention_weighted_loss(logits, alpha, box_labels)
         if regularizer not in ("fr", "box"):
             raise ValueError(f"regularizer {regularizer!r}: expected 'fr' or 'box'")
-        terms["L_alpha"] = (fill_rate_loss(alpha, box_labels, mask_labels, gamma) if regularizer == "fr" else
+        fill_labels = mask_labels if fill_labels is None else fill_labels
+        terms["L_alpha"] = (fill_rate_loss(alpha, box_labels, fill_labels, gamma) if regularizer == "fr" else
                             attention_box_loss(alpha, box_labels))
         loss = loss + lambda_aw * terms["L_AW"] + lambda_alpha * terms["L_alpha"]
     if lambda_a:

@@ -47,11 +47,15 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
     "affinity":     ("grabcut",        "L_GC",    False, None,    True),
     "aw-box":       ("grabcut",        "L_GC",    True,  "box",   False),
     "aw-fr":        ("grabcut",        "L_GC",    True,  "fr",    False),
+    # Ours, a control for AW-fr: attention is GrabCut's mask, alpha(i, c) = 1 where M is c, and nothing is learned. What
+    # it gains over "grabcut" comes from the normaliser of Eq. 3, the area of the class's box. L_alpha^fr is 0 here.
+    "aw-mask":      ("grabcut",        "L_GC",    True,  "fr",    False),
     "box2seg":      ("grabcut",        "L_GC",    True,  "fr",    True),
     "mask":         ("masks",          "L_CE",    False, None,    False),
-    # PAPER SILENT: what keeps attention from 0 in Table 4. L_alpha^fr, with the filling rates of the true masks. (Those
-    # of GrabCut's masks would ask for attention also where the truth lacks an object, as in Fig. 7. Not measured.)
+    # PAPER SILENT: what keeps attention from 0 in Table 4. L_alpha^fr, with the filling rates of the true masks,
+    # or in "mask-aw-gc" of GrabCut's, which ask for attention also where the truth lacks an object, see Fig. 7.
     "mask-aw":      ("masks",          "L_CE",    True,  "fr",    False),
+    "mask-aw-gc":   ("masks",          "L_CE",    True,  "fr",    False),
     "filling-rate": ("boxes",          "L_FR",    False, None,    False),  # Song et al. 2019, see Sect. 2
 }
 
@@ -91,8 +95,9 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
     """Sect. 3.5 and 4.1, one stage by SGD. "We train our network in two stages": stage 1 minimizes Eq. 10 "using M_i in
     place of y_i", stage 2 minimizes Eq. 11, or what --loss names in its place.
 
-    crops gives images, boxes B and labels M (GrabCut's; for some rows the boxes or the true masks, see ROWS); rates are
-    the filling rates of the classes, for --loss filling-rate.
+    crops gives images, boxes B, labels M (GrabCut's; for some rows the boxes or the true masks, see ROWS), and the
+    labels whose filling rates attention is held to (M but in "mask-aw-gc"); rates are the filling rates of the
+    classes, for --loss filling-rate.
     """
     _, name, with_aw, regularizer, with_a = ROWS[args.loss]
     num_classes, device = network.arch["num_classes"], next(network.parameters()).device
@@ -102,7 +107,7 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
     model = in_parallel(network, args.compile)
     sampling = torch.Generator(device)
 
-    for step, (image, B, M) in progress.steps(crops, progress.total, args.seed + stage, device):
+    for step, (image, B, M, fill) in progress.steps(crops, progress.total, args.seed + stage, device):
         lr = args.lr * (1 - step / progress.total) ** args.power    # "a polynomially decaying learning rate as in [7]"
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
@@ -112,14 +117,14 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
         with autocast:
             # (N, L+1, h, w), (N, L, h, w), (N, d, h, w); the first two None in stage 1
             logits, attention, beta = model(normalize(image), embedding_only=stage == 1)
-        B, M = to_cells(B, network), to_cells(M, network)       # (N, h, w)
+        B, M, fill = (to_cells(labels, network) for labels in (B, M, fill))     # (N, h, w)
+        one_hot = (M[:, None] == torch.arange(num_classes, device=device).view(1, -1, 1, 1)).float()
         num_samples = None
         if beta is not None:                                    # "randomly sampling 10% of pixel pairs"
             sampling.manual_seed(seed_of(args.seed, stage, step, rank_and_world()[0]))
             num_samples = losses.pair_samples(M, num_classes, args.pair_fraction)
 
         if stage == 1:                                          # Eq. 10, M in place of y
-            one_hot = (M[:, None] == torch.arange(num_classes, device=device).view(1, -1, 1, 1)).float()
             loss = losses.affinity_loss(beta, one_hot, M, num_samples, sampling)
             terms = {"L_A": loss}
         elif args.loss == "filling-rate":                       # Sect. 2: a hard choice of pixels instead of attention
@@ -127,8 +132,10 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
             terms = {name: loss}
         else:                                                   # Eq. 11
             alpha = None if attention is None else attention.float().sigmoid()
+            if args.loss == "aw-mask":
+                alpha = one_hot[:, 1:]
             loss, terms = losses.box2seg_loss(
-                logits, alpha, beta, B, M, num_samples,
+                logits, alpha, beta, B, M, num_samples, fill_labels=fill,
                 lambda_aw=args.lambda_aw if with_aw else 0, lambda_alpha=args.lambda_alpha,
                 lambda_a=args.lambda_a if with_a else 0, regularizer=regularizer, gamma=args.gamma,
                 detach_targets=args.detach_targets, generator=sampling)
@@ -158,7 +165,8 @@ def dead_attention(means):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Crops(torch.utils.data.Dataset):
-    """(epoch, index) -> image (crop, crop, 3), B (crop, crop), labels for the cross-entropy (crop, crop), all uint8.
+    """(epoch, index) -> image (crop, crop, 3), B, labels for the cross-entropy, and those whose filling rates attention
+    is held to (crop, crop), all uint8.
 
     A view depends on (seed, stage, epoch, index) alone, not on which worker makes it or what was made before: that is
     what makes a run repeatable with any number of workers, and resumable in the middle of an epoch.
@@ -189,7 +197,7 @@ class Crops(torch.utils.data.Dataset):
         maps = [read_label(path, image.shape[:2], self.num_classes) for path in label_files]
         rng = np.random.default_rng((self.seed, epoch, index, self.stage))
         image, maps = random_crop(image, maps, rng, *self.view)
-        return image, maps[0], maps[-1]  # with one label map B and labels are the same
+        return image, maps[0], maps[-1], maps[:2][-1]  # of kinds there may be one, two or three
 
 
 # ==== shared block "lists and truth": equal to the byte in train_box2seg.py and train_boxsup.py
@@ -256,8 +264,8 @@ def parse_arguments(argv):
     add = parser.add_argument_group("supervision").add_argument
     add("--label-dir", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ are or are to be made (default: in "
         "--data)")
-    add("--loss", default="box2seg", choices=list(ROWS), help="row of Table 3 or 4; filling-rate: Song et al. "
-        "(default %(default)s)")
+    add("--loss", default="box2seg", choices=list(ROWS), help="row of Table 3 or 4; filling-rate: Song et al.; "
+        "aw-mask (ours): attention is GrabCut's mask (default %(default)s)")
     add("--masks", type=float, default=1.0, metavar="FRACTION", help="for --loss mask: train on this fixed random "
         "fraction of the images (paper, Table 5: 0.05, 0.1, 1; default %(default)s)")
 
@@ -303,7 +311,7 @@ def check(args, device, out):
         (0 < args.pair_fraction <= 1, f"--pair-fraction {args.pair_fraction}: expected above 0 and at most 1"),
         (args.embedding_dim >= 1 and (args.width or 1) >= 1, "--embedding-dim, --width: expected 1 or more"),
         (0 < args.masks <= 1, f"--masks {args.masks}: expected a fraction of the images, above 0 and at most 1"),
-        (args.masks == 1 or ROWS[args.loss][0] == "masks", "--masks goes with --loss mask or mask-aw")])
+        (args.masks == 1 or ROWS[args.loss][0] == "masks", "--masks goes with --loss mask, mask-aw or mask-aw-gc")])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,7 +333,8 @@ def make_crops(voc, ids, list_file, num_classes, args, with_aw, saved):
     """Stage 0: B and M (Sect. 3.1), made where they are missing -> Crops, whose files are all there, and what B and M
     were made of."""
     target = ROWS[args.loss][0]
-    kinds = (["boxes"] if with_aw and target != "boxes" else []) + [target]
+    kinds = ((["boxes"] if with_aw and target != "boxes" else []) + (["grabcut"] if args.loss == "mask-aw-gc" else [])
+             + [target])
     made_of = saved and saved.get("made_of")
     if kinds != ["masks"] and rank_and_world()[0] == 0:
         summary = grabcut_labels.make_labels(voc, ids, out=args.label_dir, workers=args.workers)
@@ -375,8 +384,9 @@ def main(argv):
 
     # ---- network
     torch.manual_seed(args.seed)
-    network = Box2SegNet(len(names), args.backbone, args.embedding_dim, width=args.width, attention=with_aw,
-                         embedding=with_a, weights=None if saved else args.weights,
+    network = Box2SegNet(len(names), args.backbone, args.embedding_dim, width=args.width,
+                         attention=with_aw and args.loss != "aw-mask", embedding=with_a,
+                         weights=None if saved else args.weights,
                          pretrained=args.pretrained and not (args.weights or args.init or saved))
     network = place_network(network, args, saved, names, device)
     args.amp, autocast, scaler = mixed_precision(args.amp, device)

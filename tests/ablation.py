@@ -39,11 +39,14 @@ TABLES = {
         "box": (["--loss", "box"], 59.3), "grabcut": (["--loss", "grabcut"], 72.7),
         "affinity": (["--loss", "affinity"], 73.9), "aw-box": (["--loss", "aw-box"], 74.1),
         "aw-fr": (["--loss", "aw-fr"], 74.6), "box2seg": (["--loss", "box2seg"], 74.9),
+        "aw-mask": (["--loss", "aw-mask"], "-"),  # ours: attention is GrabCut's mask
         "filling-rate": (["--loss", "filling-rate"], "-"),
         # Table 4: true masks, and masks of which a tenth of the objects is missing, as in Fig. 7
         "mask": (["--loss", "mask"], 73.6), "mask-aw": (["--loss", "mask-aw"], 75.1),
+        "mask-aw-gc": (["--loss", "mask-aw-gc"], 75.1),
         "mask-missing": (["--loss", "mask", "--data", "MISSING"], "-"),
-        "mask-aw-missing": (["--loss", "mask-aw", "--data", "MISSING"], "-")},
+        "mask-aw-missing": (["--loss", "mask-aw", "--data", "MISSING"], "-"),
+        "mask-aw-gc-missing": (["--loss", "mask-aw-gc", "--data", "MISSING"], "-")},
     "boxsup": {  # Tables 2, 3 and 1
         "rectangles": (["--supervision", "rectangles"], 52.3), "grabcut": (["--supervision", "grabcut"], 55.2),
         "no-sampling": (["--top-k", "1"], 59.7), "boxsup": ([], 62.0), "ss": (["--method", "ss"], 59.5),
@@ -142,11 +145,13 @@ def prepare(args, out):
     """Labels and candidates that several runs would otherwise make at the same time."""
     flags = ["--data", args.data] + (["--split", args.split] if args.split else [])
     box2seg = args.paper == "box2seg"
-    labelled = {"box", "grabcut", "affinity", "aw-box", "aw-fr", "box2seg", "filling-rate", "mask-aw"} & set(args.rows)
+    labelled = {"box", "grabcut", "affinity", "aw-box", "aw-fr", "box2seg", "aw-mask", "filling-rate",
+                "mask-aw", "mask-aw-gc"} & set(args.rows)
     made = [["grabcut_labels.py", *flags]] if box2seg and labelled or "grabcut" in args.rows else []
     if any("missing" in row for row in args.rows):
         without_some_objects(args.data, args.split, out)
-        made += [["grabcut_labels.py", "--data", str(out / "missing"), *flags[2:]]] * ("mask-aw-missing" in args.rows)
+        if any(row.startswith("mask-aw") and row.endswith("missing") for row in args.rows):
+            made += [["grabcut_labels.py", "--data", str(out / "missing"), *flags[2:]]]
     if not box2seg:
         method_of = {"boxsup": "mcg", "no-sampling": "mcg", "semi": "mcg", "ss": "ss", "gop": "gop"}
         methods = {method_of[row] for row in args.rows if row in method_of}

@@ -1064,6 +1064,19 @@ def test_box2seg_is_the_sum_of_its_terms(regularizer):
     assert torch.allclose(total, weighted, rtol=1e-14)
 
 
+def test_box2seg_takes_filling_rates_of_other_labels():
+    """Table 4, Fig. 7: the truth lacks both objects, GrabCut's masks do not. Without alpha in the boxes L_alpha^fr is
+    gamma eta for each of the two classes, by GrabCut's masks; by the truth it asks for nothing."""
+    logits, boxes, truth = torch.zeros(1, 3, 2, 4), torch.tensor([[[1, 1, 2, 2]] * 2]), torch.zeros(1, 2, 4).long()
+    found = torch.tensor([[[1, 0, 2, 2], [0, 0, 2, 2]]])                   # eta: 1/4 and 1
+    alpha = torch.zeros(1, 2, 2, 4)
+    terms = [losses.box2seg_loss(logits, alpha, None, boxes, truth, lambda_a=0, fill_labels=fill)[1]
+             for fill in (None, truth, found)]
+    assert terms[0] == terms[1] and terms[0]["L_alpha"] == 0
+    assert terms[2]["L_alpha"].item() == pytest.approx(0.7 * (1 / 4 + 1))
+    assert terms[2]["L_GC"] == terms[0]["L_GC"] and terms[2]["L_AW"] == terms[0]["L_AW"]
+
+
 def test_box2seg_leaves_terms_out():
     """The rows of Table 3, with the branches that they do without."""
     x = edit(scene(), logits=scene().logits.requires_grad_())

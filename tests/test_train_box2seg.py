@@ -199,9 +199,32 @@ def test_every_row_trains_its_own_terms(toy, tmp_path, row, capsys):
     assert len(pretraining) == (3 if with_a else 0)
     assert [r["epoch"] for r in log if "miou" in r] == [1, 2]
     network, checkpoint = load_network(tmp_path / "last.pt")
-    assert checkpoint["class_names"][0] == "background" and (network.attention is not None) == with_aw
+    assert checkpoint["class_names"][0] == "background"
+    assert (network.attention is not None) == (with_aw and row != "aw-mask")
     line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage 2  epoch 2/2")][0]
     assert all(f"  {term} " in line for term in expected) and "mIoU" in line and "img/s" in line
+
+
+@pytest.mark.parametrize("row, fills", [("aw-mask", "grabcut"), ("aw-fr", "grabcut"), ("mask-aw", "masks"),
+                                        ("mask-aw-gc", "grabcut")])
+def test_what_attention_is_and_what_it_is_held_to(toy, tmp_path, monkeypatch, row, fills):
+    """aw-mask: attention is M, so that it fills as much of the boxes as M does. mask-aw-gc: cross-entropy with the true
+    masks, filling rates of GrabCut's, here those of boxes that are all object."""
+    whole = tmp_path / "labels"
+    train(toy, tmp_path / "made", "--loss", "grabcut", "--epochs", 1, "--label-dir", whole)
+    for path in (whole / "BoxMasks").glob("*.png"):  # GrabCut's masks: the boxes
+        (whole / "GrabCutMasks" / path.name).write_bytes(path.read_bytes())
+    seen, original = [], losses.box2seg_loss
+    monkeypatch.setattr(losses, "box2seg_loss", lambda *a, **k: seen.append((a, k)) or original(*a, **k))
+    assert train(toy, tmp_path / "run", "--loss", row, "--epochs", 1, "--label-dir", whole) == 0
+    for (logits, alpha, _, B, M, *_), flags in seen:
+        assert torch.equal(flags["fill_labels"], B if fills == "grabcut" else M)
+        assert torch.equal(B, M) == (not row.startswith("mask"))
+        held = original(logits, alpha, None, B, M, lambda_a=0, fill_labels=flags["fill_labels"])[1]["L_alpha"]
+        assert held == losses.fill_rate_loss(alpha, B, flags["fill_labels"])
+        if row == "aw-mask":
+            assert held == 0 and torch.equal(alpha.sum(1), ((M > 0) & (M != 255)).float()) and not alpha.requires_grad
+    assert len(seen) == 3
 
 
 def test_no_two_views_of_a_run_are_the_same(toy, tmp_path, monkeypatch):
