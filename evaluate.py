@@ -651,17 +651,18 @@ def attention_strip(image, labels, prediction, network, names, args):
 
 
 def affinity_strip(image, labels, prediction, network, names, args):
-    """Box2Seg's Fig. 5: prediction, two pixels marked | A (Eq. 9) of one with all pixels | A of the other."""
-    H, W = prediction.shape
+    """Box2Seg's Fig. 5: truth, two pixels marked | A (Eq. 9) of one with all pixels | A of the other."""
+    (caption, truth), *_ = labels.items()
+    H, W = truth.shape
     if args.pixels:
         pixels = args.pixels[:2], args.pixels[2:]
         if not all(0 <= x < W and 0 <= y < H for x, y in pixels):
             raise BadInput(f"--pixels {' '.join(map(str, args.pixels))}: not in an image of {W}x{H}: choose others")
     else:                                               # deepest in the largest class, and in the background
-        depth = boundary_distance(np.pad(prediction, 1, constant_values=255))[1:-1, 1:-1]
-        largest = max(classes_in(prediction), key=lambda c: (prediction == c).sum(), default=0)
-        deepest = lambda c: np.argwhere((prediction == c) & (depth == depth[prediction == c].max()))[0, ::-1].tolist()
-        pixels = deepest(largest), deepest(prediction.min())
+        depth = boundary_distance(np.pad(truth, 1, constant_values=255))[1:-1, 1:-1]
+        largest = max(classes_in(truth), key=lambda c: (truth == c).sum(), default=0)
+        deepest = lambda c: np.argwhere((truth == c) & (depth == depth[truth == c].max()))[0, ::-1].tolist()
+        pixels = deepest(largest), deepest(truth.min())
     with torch.inference_mode(), autocast(args):
         seen = resized(normalize(torch.from_numpy(image)[None].to(args.device)), 1.0, network)
         _, _, beta = network.branches(seen)                                                         # (1, d, h, w)
@@ -670,14 +671,14 @@ def affinity_strip(image, labels, prediction, network, names, args):
         A = affinity(marked, beta[0].flatten(1).T).view(1, 2, h, w)
         A = to_pixels(A, (H, W))[0].cpu().numpy()                                                   # (2, H, W)
 
-    pictures = {"prediction": overlay(image, prediction)}
+    pictures = {caption: overlay(image, truth)}
     size = max(10, round(16 * H / PANEL))
     for pixel, values, colour, word in zip(pixels, A, ((170, 0, 255), (0, 220, 0)), ("purple", "green")):
         pictures[f"affinity to {word}"] = heat(image, values)
-        for picture in (pictures["prediction"], pictures[f"affinity to {word}"]):
+        for picture in (pictures[caption], pictures[f"affinity to {word}"]):
             cv2.drawMarker(picture, pixel, PAPER, cv2.MARKER_CROSS, size, size // 4 + 2)
             cv2.drawMarker(picture, pixel, colour, cv2.MARKER_CROSS, size, size // 4)
-    return pictures, classes_in(prediction)
+    return pictures, classes_in(truth)
 
 
 def save_pictures(voc, per_image, predicted, network, names, args):
@@ -1033,7 +1034,7 @@ def main(argv):
     add("--best", action="store_true", help="those of highest mIoU instead; with --worst as many of each")
     add("--attention", type=Path, metavar="DIR", help="as Box2Seg's Fig. 4: image | truth | GrabCut and boxes | "
         "attention of each class that is there, as heat over the image")
-    add("--affinity", type=Path, metavar="DIR", help="as Box2Seg's Fig. 5: image | prediction, two pixels marked | "
+    add("--affinity", type=Path, metavar="DIR", help="as Box2Seg's Fig. 5: image | truth, two pixels marked | "
         "affinity (Eq. 9) of each to all others, as heat over the image")
     add("--pixels", type=int, nargs=4, metavar=("X", "Y", "X", "Y"), help="which two, from the upper left corner, 0 0 "
         "(ours: deepest within the class predicted for most pixels but background, and deepest in the background)")

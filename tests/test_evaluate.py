@@ -604,16 +604,16 @@ def test_attention_strip_by_hand():
 def test_affinity_strip_by_hand():
     """Embeddings: (3, 0) in the left half, (0, 1) in the right, so A is 1 to the own half and 0 to the other (Eq. 9).
 
-    The prediction: a rectangle of class 2, the largest, in the left half, whose pixels (12..22, 20) lie deepest, the
+    The truth: a rectangle of class 2, the largest, in the left half, whose pixels (12..22, 20) lie deepest, the
     first of them counts; one pixel of class 1. The background is deepest where it is 20 pixels to all of its edges.
     """
-    image, prediction = np.full((40, 80, 3), 100, np.uint8), np.zeros((40, 80), np.uint8)
-    prediction[10:31, 2:33], prediction[0, 0] = 2, 1
-    beta = torch.zeros(1, 2, 10, 20)
+    image, truth = np.full((40, 80, 3), 100, np.uint8), np.zeros((40, 80), np.uint8)
+    truth[10:31, 2:33], truth[0, 0] = 2, 1
+    beta, nothing = torch.zeros(1, 2, 10, 20), np.zeros_like(truth)                 # what is predicted does not matter
     beta[0, 0, :, :10], beta[0, 1, :, 10:] = 3, 1
     args = drawing()
-    pictures, present = evaluate.affinity_strip(image, {}, prediction, Planted(beta=beta), [], args)
-    assert list(pictures) == ["prediction", "affinity to purple", "affinity to green"] and present == {1, 2}
+    pictures, present = evaluate.affinity_strip(image, {"truth": truth}, nothing, Planted(beta=beta), [], args)
+    assert list(pictures) == ["truth", "affinity to purple", "affinity to green"] and present == {1, 2}
     left = np.arange(80)[None].repeat(40, 0) < 40
     away = abs(np.arange(80) - 39.5) > 4                                            # from the seam, which is blurred
 
@@ -627,20 +627,20 @@ def test_affinity_strip_by_hand():
     green = np.argwhere((pictures["affinity to green"] == (0, 220, 0)).all(2)).mean(0).round().astype(int)[::-1]
     assert 50 < green[0] < 62 and 17 < green[1] < 22
     assert_shows(pictures["affinity to green"], ~left, green, (0, 220, 0))
-    assert (pictures["prediction"][20, 12] == (170, 0, 255)).all()
+    assert (pictures["truth"][20, 12] == (170, 0, 255)).all()
 
     args.pixels = [41, 3, 38, 30]                       # to either side of the seam
-    pictures, _ = evaluate.affinity_strip(image, {}, prediction, Planted(beta=beta), [], args)
+    pictures, _ = evaluate.affinity_strip(image, {"truth": truth}, nothing, Planted(beta=beta), [], args)
     assert_shows(pictures["affinity to purple"], ~left, (41, 3), (170, 0, 255))
     assert_shows(pictures["affinity to green"], left, (38, 30), (0, 220, 0))
 
 
 @pytest.mark.parametrize("c", [0, 2])
 def test_affinity_where_all_is_one_class(c):
-    """No object was found, or no background: both marks lie in the middle of what there is."""
-    image, prediction = np.full((20, 20, 3), 100, np.uint8), np.full((20, 20), c, np.uint8)
-    network = Planted(beta=torch.ones(1, 2, 5, 5))
-    pictures, present = evaluate.affinity_strip(image, {}, prediction, network, [], drawing())
+    """No object, or no background: both marks lie in the middle of what there is."""
+    image, truth = np.full((20, 20, 3), 100, np.uint8), np.full((20, 20), c, np.uint8)
+    network, nothing = Planted(beta=torch.ones(1, 2, 5, 5)), np.zeros_like(truth)
+    pictures, present = evaluate.affinity_strip(image, {"truth": truth}, nothing, network, [], drawing())
     assert (pictures["affinity to purple"][9, 9] == (170, 0, 255)).all() and present == {c} - {0}
     assert (pictures["affinity to green"][9, 9] == (0, 220, 0)).all()
 
