@@ -47,17 +47,21 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
     "affinity":     ("grabcut",        "L_GC",    False, None,    True),
     "aw-box":       ("grabcut",        "L_GC",    True,  "box",   False),
     "aw-fr":        ("grabcut",        "L_GC",    True,  "fr",    False),
-    # Ours, a control for AW-fr: attention is GrabCut's mask, alpha(i, c) = 1 where M is c, and nothing is learned. What
-    # it gains over "grabcut" comes from the normaliser of Eq. 3, the area of the class's box. L_alpha^fr is 0 here.
+    # Ours, controls for AW-fr: attention is not learned, but GrabCut's mask (alpha(i, c) = 1 where M is c, else 0)
+    # or 1, so that L_alpha^fr is 0. What "aw-mask" gains over "grabcut" comes from the normaliser of Eq. 3, the area of
+    # the class's box; what "aw-one" loses against AW-fr is what attention is for.
     "aw-mask":      ("grabcut",        "L_GC",    True,  "fr",    False),
+    "aw-one":       ("grabcut",        "L_GC",    True,  "fr",    False),
     "box2seg":      ("grabcut",        "L_GC",    True,  "fr",    True),
     "mask":         ("masks",          "L_CE",    False, None,    False),
     # PAPER SILENT: what keeps attention from 0 in Table 4. L_alpha^fr, with the filling rates of the true masks,
-    # or in "mask-aw-gc" of GrabCut's, which ask for attention also where the truth lacks an object, see Fig. 7.
+    # or in "mask-aw-gc" of GrabCut's, which ask for attention also where the truth lacks an object, see Fig. 7
+    # (not measured).
     "mask-aw":      ("masks",          "L_CE",    True,  "fr",    False),
     "mask-aw-gc":   ("masks",          "L_CE",    True,  "fr",    False),
     "filling-rate": ("boxes",          "L_FR",    False, None,    False),  # Song et al. 2019, see Sect. 2
 }
+FIXED = ("aw-mask", "aw-one")       # rows whose attention is given, so that no branch is trained for it
 
 # --recipe sets these defaults; a flag of its own overrides each.
 # PAPER SILENT: batch size, crop, and how long stage 1 lasts; 16 (DeepLab's of the time is 10 to 20), 321 (DeepLab's),
@@ -132,8 +136,8 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
             terms = {name: loss}
         else:                                                   # Eq. 11
             alpha = None if attention is None else attention.float().sigmoid()
-            if args.loss == "aw-mask":
-                alpha = one_hot[:, 1:]
+            if args.loss in FIXED:
+                alpha = one_hot[:, 1:] if args.loss == "aw-mask" else torch.ones_like(one_hot[:, 1:])
             loss, terms = losses.box2seg_loss(
                 logits, alpha, beta, B, M, num_samples, fill_labels=fill,
                 lambda_aw=args.lambda_aw if with_aw else 0, lambda_alpha=args.lambda_alpha,
@@ -265,7 +269,7 @@ def parse_arguments(argv):
     add("--label-dir", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ are or are to be made (default: in "
         "--data)")
     add("--loss", default="box2seg", choices=list(ROWS), help="row of Table 3 or 4; filling-rate: Song et al.; "
-        "aw-mask (ours): attention is GrabCut's mask (default %(default)s)")
+        "aw-mask, aw-one (ours): attention is GrabCut's mask, or 1 (default %(default)s)")
     add("--masks", type=float, default=1.0, metavar="FRACTION", help="for --loss mask: train on this fixed random "
         "fraction of the images (paper, Table 5: 0.05, 0.1, 1; default %(default)s)")
 
@@ -385,7 +389,7 @@ def main(argv):
     # ---- network
     torch.manual_seed(args.seed)
     network = Box2SegNet(len(names), args.backbone, args.embedding_dim, width=args.width,
-                         attention=with_aw and args.loss != "aw-mask", embedding=with_a,
+                         attention=with_aw and args.loss not in FIXED, embedding=with_a,
                          weights=None if saved else args.weights,
                          pretrained=args.pretrained and not (args.weights or args.init or saved))
     network = place_network(network, args, saved, names, device)

@@ -1,6 +1,6 @@
 """What each reading of Box2Seg's Eq. 3, 6, 8 and 11 does to attention, where the features are given: a table.
 
-    python tests/attention_readings.py                                                  20 seconds on one core
+    python tests/attention_readings.py                                                  half a minute on one core
 
 y and alpha are linear in fixed features that tell the classes apart, so that all that is left to see is the losses.
 Six synthetic images of 16x16 pixels with two round objects of two classes each; B are their boxes; M misses two columns
@@ -13,6 +13,7 @@ objects.
     L_alpha  fr      the margin on Eq. 8, in which each class is divided by its own box area
              mean    Eq. 6 as the mean over pixels, the reading of losses.attention_box_loss
              sum     Eq. 6 as printed, the sum over all pixels
+             M, B    none: attention is not learned, it is M or B
     Eq. 11   lambda_AW and lambda_alpha: 10 and 1 are printed
 """
 import argparse
@@ -61,13 +62,16 @@ def train(lambda_aw, lambda_alpha, foreground, regularizer, rate):
     for _ in range(300):
         logits, attention = (torch.einsum("cd,ndhw->nchw", head, features) for head in heads)
         alpha = attention.sigmoid()
+        if regularizer in ("M", "B"):
+            alpha = F.one_hot(masks if regularizer == "M" else boxes, 4).permute(0, 3, 1, 2)[:, 1:].float()
         loss = losses.cross_entropy_loss(logits, masks)
         if lambda_aw:
             fg = losses.foreground_loss if foreground == "class" else total_foreground_loss
             loss = loss + lambda_aw * (fg(logits, alpha, boxes) + losses.background_loss(logits, boxes))
             loss = loss + lambda_alpha * {"fr": lambda: losses.fill_rate_loss(alpha, boxes, masks),
                                           "mean": lambda: losses.attention_box_loss(alpha, boxes),
-                                          "sum": lambda: sum_box_loss(alpha, boxes)}[regularizer]()
+                                          "sum": lambda: sum_box_loss(alpha, boxes),
+                                          "M": lambda: 0, "B": lambda: 0}[regularizer]()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(heads, 10.0)
@@ -87,7 +91,7 @@ def main():
     print("| Eq. 3 | L_alpha | lambda_AW, lambda_alpha | attention fills | mIoU |\n|---|---|---|---|---|")
     print(f"| L_GC alone | | | | {best(0, 0, 'class', 'fr')[0]:.1f} |")
     for foreground in ("class", "total"):
-        for regularizer in ("fr", "mean", "sum"):
+        for regularizer in ("fr", "mean", "sum", "M", "B"):
             for lambda_aw, lambda_alpha in ((10, 1), (1, 5)):
                 score, filled = best(lambda_aw, lambda_alpha, foreground, regularizer)
                 print(f"| {foreground} | {regularizer} | {lambda_aw}, {lambda_alpha} | {filled:.2f} | {score:.1f} |",

@@ -19,7 +19,7 @@ from toy_voc import make_toy_voc
 import losses
 import train_box2seg
 from model import BadInput, batches, load_network, mixed_precision, random_crop, validate
-from train_box2seg import ROWS
+from train_box2seg import FIXED, ROWS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_box2seg.py"
 # The least that still has every part: 2 stages, 3 steps an epoch.
@@ -200,16 +200,16 @@ def test_every_row_trains_its_own_terms(toy, tmp_path, row, capsys):
     assert [r["epoch"] for r in log if "miou" in r] == [1, 2]
     network, checkpoint = load_network(tmp_path / "last.pt")
     assert checkpoint["class_names"][0] == "background"
-    assert (network.attention is not None) == (with_aw and row != "aw-mask")
+    assert (network.attention is not None) == (with_aw and row not in FIXED)
     line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("stage 2  epoch 2/2")][0]
     assert all(f"  {term} " in line for term in expected) and "mIoU" in line and "img/s" in line
 
 
-@pytest.mark.parametrize("row, fills", [("aw-mask", "grabcut"), ("aw-fr", "grabcut"), ("mask-aw", "masks"),
-                                        ("mask-aw-gc", "grabcut")])
+@pytest.mark.parametrize("row, fills", [("aw-mask", "grabcut"), ("aw-one", "grabcut"), ("aw-fr", "grabcut"),
+                                        ("mask-aw", "masks"), ("mask-aw-gc", "grabcut")])
 def test_what_attention_is_and_what_it_is_held_to(toy, tmp_path, monkeypatch, row, fills):
-    """aw-mask: attention is M, so that it fills as much of the boxes as M does. mask-aw-gc: cross-entropy with the true
-    masks, filling rates of GrabCut's, here those of boxes that are all object."""
+    """aw-mask: attention is M, so that it fills as much of the boxes as M does; aw-one: 1. mask-aw-gc: cross-entropy
+    with the true masks, filling rates of GrabCut's, here those of boxes that are all object."""
     whole = tmp_path / "labels"
     train(toy, tmp_path / "made", "--loss", "grabcut", "--epochs", 1, "--label-dir", whole)
     for path in (whole / "BoxMasks").glob("*.png"):  # GrabCut's masks: the boxes
@@ -222,8 +222,9 @@ def test_what_attention_is_and_what_it_is_held_to(toy, tmp_path, monkeypatch, ro
         assert torch.equal(B, M) == (not row.startswith("mask"))
         held = original(logits, alpha, None, B, M, lambda_a=0, fill_labels=flags["fill_labels"])[1]["L_alpha"]
         assert held == losses.fill_rate_loss(alpha, B, flags["fill_labels"])
-        if row == "aw-mask":
-            assert held == 0 and torch.equal(alpha.sum(1), ((M > 0) & (M != 255)).float()) and not alpha.requires_grad
+        if row in FIXED:
+            assert held == 0 and not alpha.requires_grad
+            assert (alpha == 1).all() if row == "aw-one" else torch.equal(alpha.sum(1), ((M > 0) & (M != 255)).float())
     assert len(seen) == 3
 
 
