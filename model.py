@@ -801,7 +801,8 @@ def add_common_arguments(parser, recipes, default_out):
     add("--split", help="list to train on (default: trainaug if there is such a list, otherwise train)")
     add("--val-split", default="val", help="list to validate on, 'none' for no validation (default %(default)s)")
     add("--recipe", default="paper", choices=list(recipes), help="defaults: " + ", ".join(recipes) +
-        "; paper: its setting, for a large GPU" + "; printed: with its loss weights, too" * ("printed" in recipes) +
+        "; paper: its setting, for a large GPU" +
+        "; printed: its loss weights and learning rate, too, which did not work for us" * ("printed" in recipes) +
         "; photos: an encoder that a laptop can train; small: from scratch, on synthetic images (default %(default)s)")
     add("--out", help=f"folder for all that a run writes (default {default_out})")
     add("--resume", action="store_true", help="go on from --out's last.pt, with its arguments")
@@ -816,9 +817,9 @@ def add_common_arguments(parser, recipes, default_out):
         "efficientnet_lite0's), perhaps partial")
     add("--init", metavar="CHECKPOINT", help="start the whole network from this checkpoint; what does not fit, such as "
         "the last layers for other classes, starts fresh")
-    # PAPER SILENT: a learning rate of its own for the encoder, BatchNorm at rest. Both papers print one rate; 1, off.
+    # PAPER SILENT: BatchNorm at rest; off.
     add("--encoder-lr", type=float, metavar="FACTOR", help="learning rate of the encoder, in multiples of --lr "
-        "(ours: 1; default %(default)s)")
+        "(papers: 1; default %(default)s)")
     add("--freeze-bn", action=flag, help="the encoder's BatchNorm keeps the statistics that it starts with "
         "(ours: off; default %(default)s)")
 

@@ -168,13 +168,15 @@ def test_an_epoch_shows_each_image_once_and_the_processes_share_it():
 
 def test_the_paper_recipe_is_the_paper():
     args, _ = train_box2seg.parse_arguments([])
-    assert (args.backbone, args.pretrained, args.epochs, args.lr) == ("resnet101", True, 40, 1e-4)
+    assert (args.backbone, args.pretrained, args.epochs, args.lr) == ("resnet101", True, 40, 1e-3)
     assert (args.momentum, args.weight_decay, args.power) == (0.9, 5e-4, 0.9)
     assert (args.gamma, args.pair_fraction) == (0.7, 0.1)
+    assert args.lr * args.encoder_lr == pytest.approx(1e-4)  # Sect. 4.1, for the encoder alone
     printed, _ = train_box2seg.parse_arguments(["--recipe", "printed"])
     assert (printed.lambda_aw, printed.lambda_alpha, printed.lambda_a) == (10, 1, 1)
+    assert (printed.lr, printed.encoder_lr) == (1e-4, 1)
     assert {key for key, value in vars(printed).items() if value != vars(args)[key]} == {
-        "recipe", "lambda_aw", "lambda_alpha"}
+        "recipe", "lr", "encoder_lr", "lambda_aw", "lambda_alpha"}
     small, given = train_box2seg.parse_arguments(["--recipe", "small", "--lr", "0.5"])
     assert small.lr == 0.5 and small.backbone == "resnet18" and given == {"recipe": "small", "lr": 0.5}
 
