@@ -817,7 +817,7 @@ def add_common_arguments(parser, recipes, default_out):
         "efficientnet_lite0's), perhaps partial")
     add("--init", metavar="CHECKPOINT", help="start the whole network from this checkpoint; what does not fit, such as "
         "the last layers for other classes, starts fresh")
-    # PAPER SILENT: BatchNorm at rest; off.
+    # PAPER SILENT: whether the encoder's BatchNorm learns; it does, but in --recipe photos.
     add("--encoder-lr", type=float, metavar="FACTOR", help="learning rate of the encoder, in multiples of --lr "
         "(papers: 1; default %(default)s)")
     add("--freeze-bn", action=flag, help="the encoder's BatchNorm keeps the statistics that it starts with "
