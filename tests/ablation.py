@@ -199,7 +199,7 @@ def main():
     if args.record and args.record.exists():
         for line in args.record.read_text().splitlines():
             run = json.loads(line)
-            if run["paper"] == args.paper and run["arguments"] == arguments[run["row"]]:
+            if run["paper"] == args.paper and run["arguments"] == arguments.get(run["row"]):
                 (out / f"{run['row']}-{run['seed']}").mkdir(exist_ok=True)
                 (out / f"{run['row']}-{run['seed']}" / "done.json").write_text(json.dumps(run))
     prepare(args, out)
