@@ -828,7 +828,7 @@ def add_common_arguments(parser, recipes, default_out):
         "%(default)s)")
     add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision of the "
         "steps, not of scores (ours: auto, that is bf16 where the hardware has it)")
-    add("--compile", action="store_true", help="torch.compile the network, for GPUs (on a CPU it was half as fast)")
+    add("--compile", action="store_true", help="torch.compile the network, for GPUs (on a CPU it was slower)")
     add("--sync-bn", action="store_true", help="batch norm over all processes")
     add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower): "
         "with them resuming is bit for bit on a GPU, too")
