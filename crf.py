@@ -213,7 +213,7 @@ def mean_field(unary, weighted_kernels, iterations=ITERATIONS):
 def unary_energy(probabilities):
     """psi_u = -log p, (N, C) for (C, H, W)."""
     # PAPER SILENT: the energy of a probability of 0, which is infinite; probabilities are at least 1e-5 here, energies
-    # at most 11.5. Messages lower a label's energy by at most about w + gaussian_w = 7, so such a label cannot win
+    # at most 11.5. Messages lower a label's energy by at most about w + gaussian_w, 7 or 8, so such a label cannot win
     # anyway.
     return -probabilities.clamp(min=1e-5).log().flatten(1).T.contiguous()
 
@@ -358,7 +358,7 @@ def main(argv):
     add("--preset", choices=sorted(PRESETS), default="resnet101", help="parameters for Box2Seg's network (resnet101: "
         "w 4, xy 67, rgb 3), for BoxSup's (vgg16-plain: w 5, xy 50, rgb 10) or its LargeFOV (vgg16: w 4, xy 121, "
         "rgb 5) (ours: %(default)s)")
-    add("--w", type=float, help="weight of the bilateral kernel: near and alike in colour (ours: 4)")
+    add("--w", type=float, help="weight of the bilateral kernel: near and alike in colour (ours: the preset's)")
     add("--xy", type=float, help="its standard deviation in pixels (ours: the preset's)")
     add("--rgb", type=float, help="its standard deviation in colour, in steps of 0..255 (ours: the preset's)")
     add("--gaussian-w", type=float, help="weight of the Gaussian kernel: near (ours: 3)")

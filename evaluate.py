@@ -1037,7 +1037,7 @@ def main(argv):
     add("--affinity", type=Path, metavar="DIR", help="as Box2Seg's Fig. 5: image | truth, two pixels marked | "
         "affinity (Eq. 9) of each to all others, as heat over the image")
     add("--pixels", type=int, nargs=4, metavar=("X", "Y", "X", "Y"), help="which two, from the upper left corner, 0 0 "
-        "(ours: deepest within the class predicted for most pixels but background, and deepest in the background)")
+        "(ours: deepest within the class of the truth with most pixels but background, and deepest in the background)")
     add("--pseudo-label-dir", type=Path, metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ lie, for the figures "
         "(default: in --data)")
 

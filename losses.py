@@ -169,7 +169,9 @@ def fill_rate_loss(alpha, box_labels, mask_labels, gamma=0.7):
     """
     # PAPER SILENT: how classes and images are reduced (it prints the loss of one class). The sum over classes, as in
     # Eq. 3, whose gradient this one has to balance, and the mean over images.
-    box_labels = torch.where(mask_labels == 255, 255, box_labels)  # so that eta and eta' look at the same pixels
+    # PAPER SILENT: pixels of a box that M does not label (255, around the objects of true masks). They count in neither
+    # rate, so that eta and eta' look at the same pixels. Eq. 3 has them, and nothing holds attention up there.
+    box_labels = torch.where(mask_labels == 255, 255, box_labels)
     eta = fill_rate(mask_labels, box_labels, alpha.shape[1] + 1)                                  # (N, L)
     return (gamma * eta - attention_fill_rate(alpha, box_labels)).clamp(min=0).sum(1).mean()
 
@@ -194,10 +196,12 @@ def pair_samples(labels, num_classes, fraction=0.1):
     """How many pixels per class to sample for Eq. 10, so that their pairs are `fraction` of an image's pixel pairs.
 
     Sect. 4.1: "randomly sampling 10% of pixel pairs". S samples make S^2 pairs, so S = sqrt(fraction) m, shared equally
-    by the classes that occur. Repeated draws count: where a class is small there are fewer different pairs.
+    by the classes that occur.
 
     labels (N, h, w) -> (N,) int64, at least 1.
     """
+    # PAPER SILENT: how 10 % of the pairs go together with "equally from each class" where a class has fewer pixels than
+    # its share. They are drawn more than once, and repeated pairs count: there are fewer different ones.
     classes = torch.arange(num_classes, device=labels.device).view(1, -1, 1, 1)
     area = (labels[:, None] == classes).sum((2, 3))                                               # (N, L+1)
     return (fraction ** 0.5 * area.sum(1) / (area > 0).sum(1).clamp(min=1)).round().long().clamp(min=1)
@@ -352,11 +356,11 @@ def regression_cost(logits, superpixels, members, boxes, classes):
         D(k, r)      = sum_{p in B_k and superpixel r}  e(X(p), class k) - e(X(p), 0)
     """
     # DEPARTS: Eq. 3 prints a sum over all pixels of the image, beside Eq. 2, which is at most 1: with lambda = 3, Eq. 2
-    # would not matter. We take what Eq. 1 is in training, the mean over the image, and of it the pixels of the box;
+    # would not matter. We take a mean, as training does of Eq. 1, here over the image, and of it the pixels of the box;
     # what a segment covers outside is left to Eq. 2. So E_r hardly counts for small boxes. (The mean over the box's
     # pixels is larger by the image's area over the box's, 13 times for the median box of VOC's 2007 images: at lambda =
     # 3 a network that is not yet sure of its objects then chooses tiny segments, and its feedback makes the masks
-    # worse. Not measured: this mean for recognized boxes only.)
+    # worse. Not measured: a mean over the box's pixels where lambda holds for recognized boxes only.)
     # PAPER SILENT: what Eq. 3 counts where boxes overlap, when each box chooses by itself. A pixel in several boxes is
     # the smallest one's, whose segment is painted last: 73.0 / 68.9 mIoU of the chosen masks in place of 72.2 / 68.5
     # where such pixels counted for none (docs/results.md, "Network feedback"). (Where the smallest box's segment leaves

@@ -334,8 +334,10 @@ def read_boxes(xml_path, names, size):
     """A VOC annotation -> boxes (K, 4) int32 x0, y0, x1, y1 (0-based, half-open, clipped) and classes (K,) uint8.
 
     names: class_names(...), background first; size: (H, W) of the image, None: unknown. VOC's corners are 1-based and
-    inclusive, some are floats. Objects marked difficult are kept: they are there in the image. Raises BadInput.
+    inclusive, some are floats. Raises BadInput.
     """
+    # PAPER SILENT: objects marked difficult (161 of the 899 boxes of VOC's 2007 train images), in both papers. They are
+    # kept: they are there in the image, and what lies outside of all boxes is to be background.
     try:
         root = ElementTree.parse(xml_path).getroot()
     except FileNotFoundError:
@@ -704,9 +706,10 @@ def mcg(image, max_candidates=3500):
 
     Segment n, of 1 <= N <= max_candidates, is the union of the superpixels r with members[n, r] (bool); best first.
     """
+    # PAPER SILENT: how many candidates an image has. At most 3,500 here, whatever the method.
     # DEPARTS: BoxSup takes the published MCG [2], whose contours come from a structured forest and whose ranking from a
     # random forest, both trained on masks. Here contours and ranking follow from the image by rule: no learned model is
-    # shipped, and nothing has seen a mask.
+    # shipped, and nothing was trained on masks.
     height, width = image.shape[:2]
     if height * width > WORKING_AREA:
         scale = (WORKING_AREA / (height * width)) ** 0.5

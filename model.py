@@ -183,7 +183,7 @@ def upsample(x, like, align_corners=True):
 # and all maps, logits and labels lie exactly upon each other: cell 0 on pixel 0, the last on the last. So crops are of
 # 32 k + 1 pixels, whole images are brought to the nearest such size, upsampling aligns the corners. (Maps stretched
 # over the image instead, align_corners=False, lie up to half a cell of 32 pixels off, another way in an image of
-# 32 k + 1 pixels than in one of 32 k. Networks trained so lost 2 to 4 points of mIoU at test; docs/results.md.)
+# 32 k + 1 pixels than in one of 32 k. Networks trained so lost 2 points of mIoU at test by it; docs/results.md.)
 
 def to_cells(labels, network):
     """Label maps (N, H, W) -> (N, h, w): each cell takes the label of its pixel, so that no label is blended."""
@@ -332,7 +332,7 @@ class Box2SegNet(nn.Module):
         self.outputs = nn.ModuleList(conv_bn_relu(width, width, 3) for _ in (c4, c3, c2))
         self.fuse = conv_bn_relu(4 * width, width, 3)
 
-        # In this order: under one seed, networks with and without the other branches start alike in what they share.
+        # In this order: under one seed, encoder, pyramid and segmentation start alike with and without the branches.
         self.segmentation = decoder(width, num_classes)
         self.attention = decoder(width, num_classes - 1) if attention else None
         self.embedding = decoder(width, embedding_dim) if embedding else None
@@ -729,8 +729,7 @@ def predict(model, image, scales=(1.0,), flip=False):
             in the mode it came in
     image   RGB uint8 (H, W, 3), numpy array or tensor, any size
     scales  the image is resized by each of them, as resized() has it; flip: and each is seen mirrored too. For every
-            view: logits, upsampled bilinearly to (H, W), softmax; the mean over views. One scale and no flip: the
-            paper's plain test.
+            view: logits, upsampled bilinearly to (H, W), softmax; the mean over views
     Raises ValueError on an image that is not uint8 RGB, on no scale, and on a scale that is not above 0.
     """
     # PAPER SILENT: whether Box2Seg's Table 1 uses several scales or mirroring at test, and at which size a whole image
@@ -802,7 +801,7 @@ def add_common_arguments(parser, recipes, default_out):
     add("--val-split", default="val", help="list to validate on, 'none' for no validation (default %(default)s)")
     add("--recipe", default="paper", choices=list(recipes), help="defaults: " + ", ".join(recipes) +
         "; paper: its setting, for a large GPU" +
-        "; printed: its loss weights and learning rate, too, which did not work for us" * ("printed" in recipes) +
+        "; printed: its loss weights and learning rate, too, each of which failed here" * ("printed" in recipes) +
         "; photos: an encoder that a laptop can train; small: from scratch, on synthetic images (default %(default)s)")
     add("--out", help=f"folder for all that a run writes (default {default_out})")
     add("--resume", action="store_true", help="go on from --out's last.pt, with its arguments")
@@ -1035,6 +1034,8 @@ def load_checkpoint(path):
 
 def initialize(network, path, names):
     """--init: take over every tensor that fits -> what starts fresh. Of other classes the last layers do."""
+    # PAPER SILENT: with which schedule BoxSup fine-tunes on PASCAL-Context (Sect. 5.2). As any other training: the
+    # recipe's epochs and rates, all layers taken over but the last, whose rate is that of a new layer.
     saved = load_checkpoint(path)
     kind, own = (arch.get("backbone", "vgg16") for arch in (saved["arch"], network.arch))
     if kind != own:

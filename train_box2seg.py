@@ -48,15 +48,15 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
     "aw-box":       ("grabcut",        "L_GC",    True,  "box",   False),
     "aw-fr":        ("grabcut",        "L_GC",    True,  "fr",    False),
     # Ours, controls for AW-fr: attention is not learned, but GrabCut's mask (alpha(i, c) = 1 where M is c, else 0)
-    # or 1, so that L_alpha^fr is 0. What "aw-mask" gains over "grabcut" comes from the normaliser of Eq. 3, the area of
-    # the class's box; what "aw-one" loses against AW-fr is what attention is for.
+    # or 1, so that L_alpha^fr is 0. What "aw-mask" gains over "grabcut" comes from how Eq. 3 and 4 weigh pixels, not
+    # from attention; what "aw-one" loses against AW-fr is what attention is for.
     "aw-mask":      ("grabcut",        "L_GC",    True,  "fr",    False),
     "aw-one":       ("grabcut",        "L_GC",    True,  "fr",    False),
     "box2seg":      ("grabcut",        "L_GC",    True,  "fr",    True),
     "mask":         ("masks",          "L_CE",    False, None,    False),
     # PAPER SILENT: what keeps attention from 0 in Table 4. L_alpha^fr, with the filling rates of the true masks,
-    # or in "mask-aw-gc" of GrabCut's, which ask for attention also where the truth lacks an object, see Fig. 7
-    # (not measured).
+    # or in "mask-aw-gc" of GrabCut's, which ask for attention also where the truth lacks an object, see Fig. 7 (not
+    # measured: masks with objects missing).
     "mask-aw":      ("masks",          "L_CE",    True,  "fr",    False),
     "mask-aw-gc":   ("masks",          "L_CE",    True,  "fr",    False),
     "filling-rate": ("boxes",          "L_FR",    False, None,    False),  # Song et al. 2019, see Sect. 2
@@ -165,7 +165,7 @@ def dead_attention(means):
     """The remark on an epoch in which attention filled next to nothing."""
     if means.get("eta'", 1.0) < 0.05:
         return ("attention is dead: it fills less than 5 % of the boxes, and L_AW is little more than the background's "
-                "loss; if it stays so, give --lambda-alpha at least 5 times --lambda-aw (with --loss aw-box up to 50 times)")
+                "loss; if it stays so, give --lambda-alpha at least 5 times --lambda-aw (with aw-box up to 50 times)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -118,11 +118,13 @@ def train(network, images, boxed, choices, optimizer, autocast, scaler, args, pr
             torch.manual_seed(seed_of(args.seed, step, rank_and_world()[0]))    # of VGG-16's dropout
             with autocast:
                 logits = model(normalize(image))                                # (N, L+1, h, w)
+            # PAPER SILENT: at which resolution Eq. 1 is summed. On the network's grid, each cell with the label of its
+            # pixel, as DeepLab's code does; the label update sees full resolution.
             logits = logits[0] if isinstance(logits, tuple) else logits         # Box2SegNet gives its branches, too
             loss = losses.cross_entropy_loss(logits, to_cells(labels, network))     # Eq. 1
 
             sgd_step(loss, model, optimizer, scaler, args.clip_norm)
-            progress.finish_step(lr, {"E_r": loss})
+            progress.finish_step(lr, {"E_r": loss})                    # with true masks it is Eq. 1's E
 
 
 def update_labels(scorer, images, boxed, previous, epoch, args, num_classes, interrupted):
@@ -598,8 +600,8 @@ def write_rectangles(images, indices, names, keep):
 
 
 def made_from(images, updated, args, names):
-    """Fingerprints of the candidates into which choices point, and of the GrabCut masks: they tell both from another
-    folder's."""
+    """Fingerprints of the candidates into which choices point, and of the GrabCut masks, by which --resume notices that
+    either has been made anew."""
     made, folder = {}, Path(args.grabcut or images.voc / "GrabCutMasks")
     if updated:
         last = len(images.ids) - 1
