@@ -17,6 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
+import losses
 from model import Box2SegNet, load_network, predict
 from toy_voc import CLASS_NAMES, make_toy_voc
 
@@ -504,6 +505,17 @@ def test_against_compares_what_both_folders_have(copy, tmp_path):
         results.append(json.loads((copy / "s.json").read_text()))
         assert results[-1]["pixel_accuracy"] == pytest.approx(agree / either)
     assert results[0]["iou"] == results[1]["iou"]
+    names = [path.stem for path in (copy / "BoxMasks").glob("*.png")]
+    for labels, against in (pair, pair[::-1]):                                # near boundaries likewise
+        counts = torch.zeros(6, 6)
+        for name in names:
+            p, t = png(labels / f"{name}.png"), png(against / f"{name}.png")
+            near = (evaluate.boundary_distance(t) <= 2) & (p != 255)
+            counts += losses.confusion_matrix(torch.from_numpy(p[near]), torch.from_numpy(t[near]), 6)
+        assert run("--data", copy, "--labels", labels, "--against", against, "--trimap", 2, "--json",
+                   copy / "s.json")[0] == 0
+        assert json.loads((copy / "s.json").read_text())["trimap"]["boundary"] == pytest.approx(
+            [losses.iou(counts).nanmean().item()])
     status, out, error = run("--data", copy, "--labels", pair[0], "--against", pair[1], "--split", "train", "--trimap",
                              2, "--pictures", tmp_path / "images", "--num-pictures", 1)
     assert status == 0 and "4 images" in out and "boundary mIoU" in out, error

@@ -258,7 +258,7 @@ def test_odd_boxes_never_fail():
 
 @pytest.mark.parametrize("fills, wanted, reason", [((60, 40, 5), 40, None), ((60, 14, 50), 60, None),
                                                    ((14, 50, 50), 50, TOO_SMALL), ((0, 50, 14), 50, EMPTY),
-                                                   ((14, 14), 100, STAYS_WHOLE)])
+                                                   ((14, 14), 100, STAYS_WHOLE), ((20, 20, 20), 20, None)])
 def test_an_iteration_that_loses_the_object_is_taken_back(monkeypatch, fills, wanted, reason):
     """A 10x10 box whose iterations leave so many of its 100 pixels; the last mask before less than 15 counts.
 
@@ -290,6 +290,49 @@ def test_iterations_end_where_three_pixels_in_a_thousand_move(monkeypatch, moved
     monkeypatch.setattr(cv2, "grabCut", cut)
     mask, _ = grabcut(np.zeros((60, 60, 3), np.uint8), (10, 10, 50, 50))
     assert len(calls) == wanted and mask.sum() == calls[-1]
+
+
+def at_two_sizes(monkeypatch, full):
+    """cv2.grabCut that finds the left half of a 100x100 box at half size, and then loses it; at full size `full` does
+    what it likes. The box and its margin are 120x120 pixels, 60x60 at half size."""
+    def cut(image, state, _, background, foreground, *__):
+        if len(state) == 120:
+            return full(state, background)
+        background[:] += 1
+        state[state != cv2.GC_BGD] = cv2.GC_PR_BGD
+        if background.flat[0] == 1:
+            state[5:55, 5:30] = cv2.GC_PR_FGD
+    monkeypatch.setattr(cv2, "grabCut", cut)
+    return dict(image=np.zeros((200, 200, 3), np.uint8), box=(50, 50, 150, 150), working_size=60)
+
+
+def test_full_size_starts_from_what_the_kept_iteration_found(monkeypatch):
+    """Two working pixels each way of the boundary are perhaps, with the models of the iteration that counts; another
+    box of the class may reach the object's side of the margin, and the rest of the margin is background."""
+    starts = []
+    options = at_two_sizes(monkeypatch, lambda state, background: starts.append((state.copy(), background.flat[0])))
+    shared = np.zeros((200, 200), bool)
+    shared[50:150, 40:150] = True                                           # the margin's left side, too
+    for same_class, left in ((None, cv2.GC_BGD), (shared, cv2.GC_PR_BGD)):
+        mask, why = grabcut(**options, same_class=same_class)
+        (state, model), = starts
+        starts.clear()
+        row = [cv2.GC_BGD] * 6 + [left] * 4 + [cv2.GC_PR_FGD] * 4 + [cv2.GC_FGD] * 42 + [cv2.GC_PR_FGD] * 4
+        assert state[60].tolist() == row + [cv2.GC_PR_BGD] * 4 + [cv2.GC_BGD] * 56
+        assert model == 1 and why is None and mask.sum() == 100 * 50 and mask[50:150, 50:100].all()
+
+
+def test_an_object_lost_at_full_size_counts_as_lost(monkeypatch):
+    options = at_two_sizes(monkeypatch, lambda state, _: state.fill(cv2.GC_BGD))
+    mask, why = grabcut(**options)
+    assert why == STAYS_WHOLE and np.array_equal(mask, whole_box(mask.shape, options["box"]))
+
+
+def test_colours_are_cielab_of_rgb_stretched_alike():
+    colours = np.array([[[140, 110, 100], [90, 120, 130], [128, 128, 128], [20, 60, 30]]], np.uint8)
+    L, a, b = np.moveaxis(cv2.cvtColor(colours.astype(np.float32) / 255, cv2.COLOR_RGB2LAB), 2, 0)
+    expected = np.stack([2.55 * L, 128 + 2.55 * a, 128 + 2.55 * b], 2)
+    assert np.abs(grabcut_labels.cielab(colours) - expected).max() < 3
 
 
 def flock():
@@ -370,6 +413,18 @@ def test_labels_are_palette_pngs_that_fit(drawn):
         assert set(np.unique(read["GrabCutMasks"])) <= {0, *classes}
         png = Image.open(labels / "GrabCutMasks" / f"{image_id}.png")
         assert png.mode == "P" and png.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]
+
+
+def test_what_is_written_is_m(drawn):
+    voc, made = find_voc(drawn[0]), drawn[1]
+    others = 0
+    for image_id in all_ids(voc)[:3]:
+        image = cv2.imread(str(voc / "JPEGImages" / f"{image_id}.jpg"))[..., ::-1]
+        boxes, classes = read_boxes(voc / "Annotations" / f"{image_id}.xml", class_names(voc), image.shape[:2])
+        mask = read_label(made / "GrabCutMasks" / f"{image_id}.png")
+        assert np.array_equal(mask, grabcut_mask(image, boxes, classes)[0])
+        others += not np.array_equal(mask, box_mask(boxes, classes, mask.shape))
+    assert others == 3
 
 
 def test_the_number_of_workers_changes_nothing(drawn, tmp_path):

@@ -1202,6 +1202,7 @@ BOXES = {                                                                      #
     "whole image": [[0, 0, 50, 40]],
     "one in the whole image": [[10, 10, 30, 30], [0, 0, 50, 40]],
     "one pixel": [[49, 39, 50, 40]],
+    "two hundred": [[x, y, x + 2 + x % 3, y + 3] for x in range(0, 40, 2) for y in range(0, 30, 3)],
     "none": [],
 }
 

@@ -10,6 +10,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from toy_voc import make_toy_voc
 import losses
 import train_box2seg
 from model import BadInput, batches, load_network, mixed_precision, random_crop, validate
+from grabcut_labels import class_fill_rates, write_label
 from train_box2seg import FIXED, ROWS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_box2seg.py"
@@ -230,6 +232,55 @@ def test_what_attention_is_and_what_it_is_held_to(toy, tmp_path, monkeypatch, ro
     assert len(seen) == 3
 
 
+@pytest.mark.parametrize("row, cross_entropy, boxes, regularizer, pairs", [
+    ("box", "B", "B", None, 0), ("grabcut", "M", "M", None, 0), ("affinity", "M", "M", None, 9),
+    ("aw-box", "M", "B", "box", 0), ("aw-fr", "M", "B", "fr", 0), ("box2seg", "M", "B", "fr", 9)])
+def test_which_labels_and_settings_reach_the_losses(toy, tmp_path, monkeypatch, row, cross_entropy, boxes, regularizer,
+                                                    pairs):
+    """With all B made class 1, and M 2 on the left and 3 on the right: which of them each loss gets (without L_AW no
+    loss looks at B, and M stands in for it), and that the flags reach losses, clipping and validation. Pixels of L_A
+    are drawn anew each step, by M."""
+    where, seen, sampled = tmp_path / "labels", [], []
+    train(toy, tmp_path / "made", "--loss", "grabcut", "--epochs", 1, "--label-dir", where)
+    for kind, c in (("BoxMasks", [1, 1]), ("GrabCutMasks", [2, 3])):
+        for path in (where / kind).glob("*.png"):
+            write_label(path, np.full((48, 64), np.repeat(c, 32), np.uint8))
+
+    def spy(module, name, look):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: look(a, k) or original(*a, **k))
+
+    def which(labels):
+        return "B" if set(labels.unique().tolist()) <= {1, 255} else "M"
+
+    spy(losses, "cross_entropy_loss", lambda a, k: seen.append(("cross-entropy", which(a[1]))))
+    spy(losses, "box2seg_loss", lambda a, k: seen.append(("boxes", which(a[3]))) or seen.extend(
+        (name, k[name]) for name in ("gamma", "detach_targets", "regularizer")))
+    spy(losses, "affinity_loss", lambda a, k: sampled.append((*a[1:4], (k.get("generator") or a[4]).initial_seed())))
+    spy(train_box2seg, "sgd_step", lambda a, k: seen.append(("clip", a[4])))
+    spy(train_box2seg, "validate", lambda a, k: seen.append(("val_scale", a[3])))
+    assert train(toy, tmp_path / "run", "--loss", row, "--label-dir", where, "--gamma", 0.5, "--detach-targets",
+                 "--pair-fraction", 0.3, "--clip-norm", 3, "--val-scale", 0.5) == 0
+    expected = {"cross-entropy": cross_entropy, "boxes": boxes, "gamma": 0.5, "detach_targets": True,
+                "regularizer": regularizer, "clip": 3, "val_scale": 0.5}
+    assert all(value == expected[name] for name, value in seen) and {name for name, _ in seen} == set(expected)
+    assert len({seed for *_, seed in sampled}) == len(sampled) == pairs
+    for targets, labels, num_samples, _ in sampled:
+        assert which(labels) == "M" and torch.equal(num_samples, losses.pair_samples(labels, 6, 0.3))
+    for targets, labels, *_ in sampled[:3]:                                      # stage 1: M in place of y
+        assert torch.equal(targets.argmax(1)[labels < 255], labels[labels < 255].long())
+
+
+def test_filling_rates_are_those_of_the_training_masks(toy, tmp_path, monkeypatch):
+    seen, original = [], losses.filling_rate_loss
+    monkeypatch.setattr(losses, "filling_rate_loss", lambda *a: seen.append(a[2]) or original(*a))
+    made = tmp_path / "labels"
+    assert train(toy, tmp_path / "run", "--loss", "filling-rate", "--epochs", 1, "--label-dir", made) == 0
+    voc = toy / "VOC2012"
+    expected = class_fill_rates(voc, (voc / "ImageSets/Segmentation/train.txt").read_text().split(), made)
+    assert len(seen) == 3 and all(torch.equal(rates, expected) for rates in seen) and (expected < 1).any()
+
+
 def test_no_two_views_of_a_run_are_the_same(toy, tmp_path, monkeypatch):
     """Also of the two stages, whose epochs count from 0 alike. NumPy takes a seed (0, 3) and a seed (0, 3, 0) for the
     same: no two keys may be equal but for such zeros."""
@@ -423,6 +474,9 @@ def test_masks_is_a_fixed_fraction(toy, tmp_path, whole_run, capsys):
         assert train(toy, out, "--masks", 0.5, "--init", whole_run / "best.pt", "--epochs", 1, "--seed", seed) == 0
         first = log_of(out)[0]
         assert first["images"] == 6 and first["args"]["loss"] == "mask"
+    ids, _ = train_box2seg.training_images(toy / "VOC2012", SimpleNamespace(split="train", masks=0.5, seed=0))
+    other, _ = train_box2seg.training_images(toy / "VOC2012", SimpleNamespace(split="train", masks=0.5, seed=1))
+    assert ids == other == sorted(set(ids)) and len(ids) == 6
 
 
 def test_partial_weights_start_the_encoder(toy, tmp_path, capsys):

@@ -192,6 +192,45 @@ def test_a_network_that_knows_more_finds_better_masks(toy, tmp_path):
     assert by_both > 0.7  # what cells of 2x2 pixels can draw
 
 
+def test_lambda_is_each_boxs_own_and_the_network_sees_the_image_at_its_scale(toy, tmp_path, monkeypatch):
+    """Of an image's boxes every second is recognized: 3 for those, 0 for the others."""
+    weights, scales, cost, full = [], [], losses.candidate_cost, train_boxsup.full_size_logits
+    monkeypatch.setattr(losses, "recognized_share", lambda logits, boxes, classes: torch.tensor(
+        [0.29, 0.3] * len(boxes))[:len(boxes)])
+    monkeypatch.setattr(losses, "candidate_cost", lambda *a, **k: weights.append(k["weight"]) or cost(*a, **k))
+    monkeypatch.setattr(train_boxsup, "full_size_logits", lambda network, image, scale: scales.append(scale) or full(
+        network, image, 1.0))
+    voc = toy / "VOC2012"
+    ids = read_list(voc / "ImageSets" / "Segmentation" / "train.txt")
+    oracle = Oracle(voc, ids, len(train_boxsup.class_names(voc))).eval()
+    choices, *_ = update(toy, tmp_path, oracle, lambda_r=3.0, min_recognized=0.3, val_scale=0.5)
+    assert [w.flatten().tolist() for w in weights] == [([0.0, 3.0] * len(c))[:len(c)] for c in choices.values()]
+    assert max(map(len, weights)) > 1 and all(w.shape[1] == 1 for w in weights) and scales == [0.5] * len(choices)
+
+
+def test_a_box_that_no_candidate_meets_keeps_its_rectangle(toy, tmp_path, monkeypatch):
+    original = losses.overlap_cost
+
+    def first_meets_none(boxes, candidate_boxes):
+        cost = original(boxes, candidate_boxes)
+        cost[0] = 1
+        return cost
+
+    monkeypatch.setattr(losses, "overlap_cost", first_meets_none)
+    choices, sums, _, images = update(toy, tmp_path, None)
+    assert all(choice[0] == -1 and (choice[1:] >= 0).all() for choice in choices.values()) and sums[1] == len(choices)
+
+
+def test_the_report_on_masks_by_hand(toy, tmp_path):
+    """Rows are true classes, columns estimated ones; pixels of 255 do not count."""
+    *_, images = update(toy, tmp_path, None)
+    truth = read_label(images.voc / "SegmentationClass" / f"{images.ids[0]}.png")
+    num_classes = len(train_boxsup.class_names(images.voc))
+    table = train_boxsup.confusion_with_truth(images, 0, np.full_like(truth, 2), num_classes)
+    assert (truth == 255).any() and table.sum() == (truth != 255).sum()
+    assert table[:, 2].tolist() == [(truth == c).sum() for c in range(num_classes)]
+
+
 def test_workers_and_shares_change_nothing(toy, tmp_path):
     update(toy, tmp_path / "a", None)
     update(toy, tmp_path / "b", None, workers=2)
@@ -241,6 +280,13 @@ def test_every_row_trains_on_its_own_labels(toy, tmp_path, labels, monkeypatch, 
         assert (tmp_path / "out" / "masks.png").exists()
         assert set(updates[0]) >= {"boxes", "rectangles", "cost", "box_iou", "changed", "mask_miou"}
         assert updates[0]["changed"] == 1 and 0 < updates[1]["changed"] < 1
+
+
+def test_dropout_draws_anew_each_step(toy, tmp_path, monkeypatch):
+    seeds, original = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or original(seed))
+    assert train(toy, tmp_path) == 0
+    assert len(seeds) == len(set(seeds)) == 1 + 6                                # the start's, and one a step
 
 
 def test_training_learns(toy, tmp_path):
@@ -318,7 +364,7 @@ def test_scraps_are_reported(toy, tmp_path, monkeypatch, capsys):
     assert train(toy, tmp_path / "loose", "--epochs", 1, "--top-k", 50) == 0             # poor, but not its doing
     (loose,) = [r for r in log_of(tmp_path / "loose") if "labels_of_epoch" in r]
     assert loose["box_iou_alone"] < 0.9 * update["box_iou_alone"]
-    assert "--lambda-r" not in capsys.readouterr().out
+    assert "--min-recognized" not in capsys.readouterr().out
     monkeypatch.setattr(losses, "candidate_cost", lambda *a, boxes, candidate_boxes, **k: -losses.overlap_cost(
         boxes, candidate_boxes))
     assert train(toy, tmp_path / "scraps", "--epochs", 2) == 0
