@@ -696,7 +696,7 @@ def save_pictures(voc, per_image, predicted, network, names, args):
             (args.affinity, affinity_strip, "affinity to the marked pixel (Eq. 9), below 0 as 0")):
         if not folder:
             continue
-        strips, everything = [], set()
+        strips, everything, missing = [], set(), []
         for name in chosen:
             image = read_image(image_path(voc, name))
             prediction, size = predicted(name)[1], image.shape[:2]
@@ -706,6 +706,8 @@ def save_pictures(voc, per_image, predicted, network, names, args):
                 path = (args.pseudo_label_dir or voc) / kind / f"{name}.png"
                 if path.is_file():                      # grabcut_labels.py makes them for the list it is given
                     labels[caption] = read_label(path, size, len(names))
+                elif strip is not affinity_strip and caption not in missing:
+                    missing.append(caption)
             pictures, present = strip(image, labels, prediction, network, names, args)
             strips.append(side_by_side({f"{name}: mIoU {100 * per_image[name]:.1f}": image, **pictures}))
             save_picture(folder / f"{name}.png", with_legend(strips[-1], present, names, scale))
@@ -713,7 +715,8 @@ def save_pictures(voc, per_image, predicted, network, names, args):
         width = max(one.shape[1] for one in strips)
         sheet = np.vstack([widened(one, width) for one in strips])
         save_picture(folder / "sheet.png", with_legend(sheet, everything, names, scale))
-        print(f"{len(chosen)} figures in {folder}, all of them in sheet.png")
+        print(f"{len(chosen)} figures in {folder}, all of them in sheet.png" +
+              f"; without {' and '.join(missing)}, which grabcut_labels.py makes for this list" * bool(missing))
 
 
 CURVES = (40, 80, 220), (215, 40, 40), (30, 150, 60), (230, 140, 0), (140, 60, 180)     # Fig. 4: blue, red

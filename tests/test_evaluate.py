@@ -246,9 +246,9 @@ def test_pictures_without_boxes_grabcut_and_attention(copy, tmp_path):
     shutil.rmtree(copy / "BoxMasks")
     shutil.rmtree(copy / "GrabCutMasks")
     plain = save_checkpoint(tmp_path / "plain.pt", CLASS_NAMES, attention=False, embedding=False)
-    status, _, error = run("--data", copy, "--checkpoint", plain, "--device", "cpu", "--split", "trainval",
-                           "--pictures", tmp_path / "images", "--num-pictures", 99, "--worst")
-    assert status == 0, error
+    status, out, error = run("--data", copy, "--checkpoint", plain, "--device", "cpu", "--split", "trainval",
+                             "--pictures", tmp_path / "images", "--num-pictures", 99, "--worst")
+    assert status == 0 and "sheet.png; without boxes and GrabCut, which grabcut_labels.py makes" in out, error
     assert len(os.listdir(tmp_path / "images")) == 7                              # six, and the sheet
     assert png(tmp_path / "images" / "toy_val_00000.png").shape[1] == 3 * (320 + 4)
 
@@ -256,9 +256,9 @@ def test_pictures_without_boxes_grabcut_and_attention(copy, tmp_path):
 def test_worst_pictures_are_those_of_lowest_miou(copy, tmp_path):
     worst = copy / "GrabCutMasks" / "toy_train_00002.png"
     evaluate.write_label(worst, np.zeros((48, 64)))
-    status, _, error = run("--data", copy, "--labels", copy / "GrabCutMasks", "--split", "trainval", "--pictures",
-                           tmp_path / "images", "--num-pictures", 1, "--worst")
-    assert status == 0, error
+    status, out, error = run("--data", copy, "--labels", copy / "GrabCutMasks", "--split", "trainval", "--pictures",
+                             tmp_path / "images", "--num-pictures", 1, "--worst")
+    assert status == 0 and "without" not in out, error
     assert sorted(os.listdir(tmp_path / "images")) == ["sheet.png", "toy_train_00002.png"]
 
 
