@@ -165,7 +165,7 @@ def dead_attention(means):
     """The remark on an epoch in which attention filled next to nothing."""
     if means.get("eta'", 1.0) < 0.05:
         return ("attention is dead: it fills less than 5 % of the boxes, and L_AW is little more than the background's "
-                "loss; if it stays so, give --lambda-alpha at least 5 times --lambda-aw (with aw-box up to 50 times)")
+                "loss; if it stays so, give --lambda-alpha at least 5 times --lambda-aw, and aw-fr rather than aw-box")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
