@@ -226,10 +226,15 @@ def test_scales_and_flip_reach_predict(toy, checkpoint, tmp_path):
     assert (saved == predict(network, image).argmax(0).numpy()).mean() < 0.99
 
 
-def test_scores_are_float32_unless_amp_asks(capsys):
-    with pytest.raises(SystemExit):
-        evaluate.main(["--help"])
-    assert re.search(r"off: float32, so that.*\(ours: off\)", " ".join(capsys.readouterr().out.split()))
+@pytest.mark.parametrize("flags, dtype", [((), torch.float32), (("--amp", "auto"), torch.float32),
+                                          (("--amp", "bf16"), torch.bfloat16)])
+def test_scores_are_float32_unless_amp_asks(toy, checkpoint, monkeypatch, flags, dtype):
+    """What a convolution gives in the middle of an evaluation."""
+    seen, original = set(), torch.nn.functional.conv2d
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *a, **k: seen.add(original(*a, **k).dtype) or original(
+        *a, **k))
+    status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", *flags)
+    assert status == 0 and seen == {dtype}, error
 
 
 def test_bf16(toy, checkpoint, tmp_path):

@@ -351,21 +351,28 @@ def test_kill_9_and_ctrl_c(toy, tmp_path, whole_run):
 
 
 def test_stage_1_leaves_the_decoders_of_y_and_alpha_alone(toy, tmp_path, monkeypatch):
-    calls, original = [0], losses.affinity_loss
+    original, after = losses.affinity_loss, {}
+    for steps in (1, 2):
+        calls = []
 
-    def interrupted(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == 2:
-            signal.raise_signal(signal.SIGINT)
-        return original(*args, **kwargs)
+        def interrupted(*args, **kwargs):
+            calls.append(None)
+            if len(calls) == steps:
+                signal.raise_signal(signal.SIGINT)
+            return original(*args, **kwargs)
 
-    monkeypatch.setattr(losses, "affinity_loss", interrupted)
-    assert train(toy, tmp_path) == 130
-    saved = torch.load(tmp_path / "last.pt", weights_only=True)
-    assert (saved["stage"], saved["step"]) == (1, 2)
-    batches_seen = {name: saved["model"][f"{name}.1.num_batches_tracked"].item() for name in (
-        "segmentation", "attention", "embedding")}
-    assert batches_seen == {"segmentation": 0, "attention": 0, "embedding": 2}
+        monkeypatch.setattr(losses, "affinity_loss", interrupted)
+        assert train(toy, tmp_path / str(steps)) == 130
+        saved = torch.load(tmp_path / str(steps) / "last.pt", weights_only=True)
+        assert (saved["stage"], saved["step"]) == (1, steps)
+        after[steps] = saved["model"]
+    for name, one in after[1].items():
+        branch = name.split(".")[0]
+        if branch in ("segmentation", "attention"):                              # their BatchNorm's averages, too
+            assert torch.equal(one, after[2][name]), name
+    assert after[2]["segmentation.1.num_batches_tracked"] == after[2]["attention.1.num_batches_tracked"] == 0
+    assert after[2]["embedding.1.num_batches_tracked"] == 2
+    assert not torch.equal(after[1]["embedding.3.weight"], after[2]["embedding.3.weight"])
 
 
 def test_resume_of_a_finished_run_changes_nothing(toy, tmp_path, whole_run):
