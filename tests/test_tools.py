@@ -69,7 +69,7 @@ def test_ablation_takes_recorded_runs(folder, tmp_path):
     a default that has changed since, and it does not."""
     settings = json.loads((folder / "runs" / "ablation-boxsup" / "settings.json").read_text())
     arguments = settings["arguments"]["rectangles"]
-    assert (arguments["supervision"], arguments["crop"], arguments["lambda_r"]) == ("rectangles", 32, 1.0)
+    assert (arguments["supervision"], arguments["crop"], arguments["lambda_r"]) == ("rectangles", 32, 3.0)
     run = {"paper": "boxsup", "row": "rectangles", "seed": 3, "miou": 0.123, "masks": [], "arguments": arguments}
     record = tmp_path / "runs.jsonl"
     record.write_text(json.dumps(run) + "\n")
