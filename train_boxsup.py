@@ -115,9 +115,9 @@ def train(network, images, boxed, choices, optimizer, autocast, scaler, args, pr
             torch.manual_seed(seed_of(args.seed, step, rank_and_world()[0]))    # of VGG-16's dropout
             with autocast:
                 logits = model(normalize(image))                                # (N, L+1, h, w)
+            logits = logits[0] if isinstance(logits, tuple) else logits         # Box2SegNet gives its branches, too
             # PAPER SILENT: at which resolution Eq. 1 is summed. On the network's grid, each cell with the label of its
             # pixel, as DeepLab's code does; the label update sees full resolution.
-            logits = logits[0] if isinstance(logits, tuple) else logits         # Box2SegNet gives its branches, too
             loss = losses.cross_entropy_loss(logits, to_cells(labels, network))     # Eq. 1
 
             sgd_step(loss, model, optimizer, scaler, args.clip_norm)

@@ -3,6 +3,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -234,6 +235,12 @@ def test_scores_are_float32_unless_amp_asks(toy, checkpoint, monkeypatch, flags,
         *a, **k))
     status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", *flags)
     assert status == 0 and seen == {dtype}, error
+
+
+def test_help_says_that_scores_are_float32(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.main(["--help"])
+    assert re.search(r"off: float32, so that.*\(ours: off\)", " ".join(capsys.readouterr().out.split()))
 
 
 def test_bf16(toy, checkpoint, tmp_path):

@@ -29,7 +29,7 @@ DEVICE, ROOT = "cuda", Path(__file__).resolve().parent.parent
 COMMON = ("--recipe small --crop 65 --batch-size 4 --epochs 2 --scale 0.5 1 --workers 0 --log-every 1 "
           f"--deterministic --device {DEVICE}").split()
 FLAGS = {train_box2seg: [*COMMON, "--width", "8", "--pretrain-epochs", "1"],
-         train_boxsup: [*COMMON, "--top-k", "2", "--warm-up", "1"]}
+         train_boxsup: [*COMMON, "--top-k", "2"]}
 SAME = {train_box2seg: test_train_box2seg.assert_same_run, train_boxsup: test_train_boxsup.assert_same_run}
 both = pytest.mark.parametrize("script", FLAGS, ids=lambda script: script.__name__)
 

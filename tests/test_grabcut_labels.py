@@ -419,7 +419,7 @@ def test_what_is_written_is_m(drawn):
     voc, made = find_voc(drawn[0]), drawn[1]
     others = 0
     for image_id in all_ids(voc)[:3]:
-        image = cv2.imread(str(voc / "JPEGImages" / f"{image_id}.jpg"))[..., ::-1]
+        image = grabcut_labels.read_image(voc / "JPEGImages" / f"{image_id}.jpg")
         boxes, classes = read_boxes(voc / "Annotations" / f"{image_id}.xml", class_names(voc), image.shape[:2])
         mask = read_label(made / "GrabCutMasks" / f"{image_id}.png")
         assert np.array_equal(mask, grabcut_mask(image, boxes, classes)[0])

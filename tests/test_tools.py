@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 def ablation(folder):
     return call("ablation.py", "--data", "VOCdevkit", "--paper", "boxsup", "--rows", "rectangles", "boxsup",
-                "--seeds", 3, "--", *TINY, "--warm-up", 1, folder=folder)
+                "--seeds", 3, "--", *TINY, folder=folder)
 
 
 def test_ablation_prints_rows_and_runs_nothing_twice(folder):
@@ -74,7 +74,7 @@ def test_ablation_takes_recorded_runs(folder, tmp_path):
     record = tmp_path / "runs.jsonl"
     record.write_text(json.dumps(run) + "\n")
     flags = ("--data", "VOCdevkit", "--paper", "boxsup", "--rows", "rectangles", "--seeds", 3, "--record", record,
-             "--out", tmp_path / "out", "--", *TINY, "--warm-up", 1)
+             "--out", tmp_path / "out", "--", *TINY)
     assert "12.3" in call("ablation.py", *flags, folder=folder) and record.read_text().count("\n") == 1
     record.write_text(json.dumps(run | {"arguments": arguments | {"min_recognized": 0.2}}) + "\n")
     shutil.rmtree(tmp_path / "out")

@@ -19,8 +19,8 @@ from toy_voc import make_toy_voc
 
 import losses
 import train_box2seg
+from grabcut_labels import class_fill_rates, read_list, write_label
 from model import BadInput, batches, load_network, mixed_precision, random_crop, validate
-from grabcut_labels import class_fill_rates, write_label
 from train_box2seg import FIXED, ROWS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_box2seg.py"
@@ -256,7 +256,7 @@ def test_which_labels_and_settings_reach_the_losses(toy, tmp_path, monkeypatch, 
     spy(losses, "cross_entropy_loss", lambda a, k: seen.append(("cross-entropy", which(a[1]))))
     spy(losses, "box2seg_loss", lambda a, k: seen.append(("boxes", which(a[3]))) or seen.extend(
         (name, k[name]) for name in ("gamma", "detach_targets", "regularizer")))
-    spy(losses, "affinity_loss", lambda a, k: sampled.append((*a[1:4], (k.get("generator") or a[4]).initial_seed())))
+    spy(losses, "affinity_loss", lambda a, k: sampled.append((*a[1:4], a[4].initial_seed())))
     spy(train_box2seg, "sgd_step", lambda a, k: seen.append(("clip", a[4])))
     spy(train_box2seg, "validate", lambda a, k: seen.append(("val_scale", a[3])))
     assert train(toy, tmp_path / "run", "--loss", row, "--label-dir", where, "--gamma", 0.5, "--detach-targets",
@@ -265,7 +265,7 @@ def test_which_labels_and_settings_reach_the_losses(toy, tmp_path, monkeypatch, 
                 "regularizer": regularizer, "clip": 3, "val_scale": 0.5}
     assert all(value == expected[name] for name, value in seen) and {name for name, _ in seen} == set(expected)
     assert len({seed for *_, seed in sampled}) == len(sampled) == pairs
-    for targets, labels, num_samples, _ in sampled:
+    for _, labels, num_samples, _ in sampled:
         assert which(labels) == "M" and torch.equal(num_samples, losses.pair_samples(labels, 6, 0.3))
     for targets, labels, *_ in sampled[:3]:                                      # stage 1: M in place of y
         assert torch.equal(targets.argmax(1)[labels < 255], labels[labels < 255].long())
@@ -277,7 +277,7 @@ def test_filling_rates_are_those_of_the_training_masks(toy, tmp_path, monkeypatc
     made = tmp_path / "labels"
     assert train(toy, tmp_path / "run", "--loss", "filling-rate", "--epochs", 1, "--label-dir", made) == 0
     voc = toy / "VOC2012"
-    expected = class_fill_rates(voc, (voc / "ImageSets/Segmentation/train.txt").read_text().split(), made)
+    expected = class_fill_rates(voc, read_list(voc / "ImageSets" / "Segmentation" / "train.txt"), made)
     assert len(seen) == 3 and all(torch.equal(rates, expected) for rates in seen) and (expected < 1).any()
 
 
@@ -367,8 +367,7 @@ def test_stage_1_leaves_the_decoders_of_y_and_alpha_alone(toy, tmp_path, monkeyp
         assert (saved["stage"], saved["step"]) == (1, steps)
         after[steps] = saved["model"]
     for name, one in after[1].items():
-        branch = name.split(".")[0]
-        if branch in ("segmentation", "attention"):                              # their BatchNorm's averages, too
+        if name.startswith(("segmentation.", "attention.")):                     # their BatchNorm's averages, too
             assert torch.equal(one, after[2][name]), name
     assert after[2]["segmentation.1.num_batches_tracked"] == after[2]["attention.1.num_batches_tracked"] == 0
     assert after[2]["embedding.1.num_batches_tracked"] == 2

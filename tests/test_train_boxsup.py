@@ -22,7 +22,7 @@ from train_boxsup import choose, paint, read_label, read_list
 SCRIPT = Path(__file__).resolve().parent.parent / "train_boxsup.py"
 # The least that still has every part: 3 steps an epoch.
 TINY = ("--recipe small --crop 32 --batch-size 4 --epochs 2 --scale 0.5 1 --workers 0 --log-every 1 --device cpu "
-        "--amp off --top-k 2 --warm-up 1").split()
+        "--amp off --top-k 2").split()
 
 
 def grid_candidates(voc, ids, folder):
