@@ -90,6 +90,8 @@ def foreground_loss(logits, alpha, box_labels):
     # photographs of 21 classes Box2Seg's gain at lambda_AW 0.3 came from objects' pixels counting more: alpha = M or 1
     # gained as much, and so did one divisor for all, while twice the epochs left 0.6 points of it; that each class has
     # its own divisor lifts small objects. docs/results.md, "Tables".)
+    if box_labels.shape != logits[:, 0].shape:  # (N, 1, h, w) would broadcast, and cross images
+        raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit logits {tuple(logits.shape)}")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)[:, 1:]
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
     B = (box_labels[:, None] == classes).to(log_y.dtype)                                          # (N, L, h, w)
@@ -103,6 +105,8 @@ def background_loss(logits, box_labels):
 
     logits (N, L+1, h, w), box_labels (N, h, w) -> scalar, per image, mean over images.
     """
+    if box_labels.shape != logits[:, 0].shape:
+        raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit logits {tuple(logits.shape)}")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)[:, 0]
     B = (box_labels == 0).to(log_y.dtype)                                                         # (N, h, w)
     return (-(B * log_y).sum((1, 2)) / B.sum((1, 2)).clamp(min=1)).mean()
@@ -125,6 +129,8 @@ def attention_box_loss(alpha, box_labels):
     # sum over classes and the mean over images. (In boxes of less than half the crop this keeps attention from 0 less
     # firmly than L_alpha^fr. Where features are fixed, so that no other gradient can drown in it, the sum keeps
     # attention alive even at the printed weights: docs/results.md, "Weights of the losses".)
+    if box_labels.shape != alpha[:, 0].shape:
+        raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit alpha {tuple(alpha.shape)}")
     alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
     classes = torch.arange(1, alpha.shape[1] + 1, device=alpha.device).view(1, -1, 1, 1)
     B = (box_labels[:, None] == classes).to(alpha.dtype)                                          # (N, L, h, w)
@@ -142,6 +148,8 @@ def fill_rate(mask_labels, box_labels, num_classes):
     """
     # DEPARTS: Eq. 7 prints the sum of M over all pixels. Where boxes overlap, M(., c) can reach beyond B(., c), and the
     # rate could exceed 1. We count M inside B only; without overlap it is the same number.
+    if mask_labels.shape != box_labels.shape or box_labels.ndim != 3:
+        raise ValueError(f"labels {tuple(mask_labels.shape)} and {tuple(box_labels.shape)}: expected (N, h, w) twice")
     classes = torch.arange(1, num_classes, device=box_labels.device).view(1, -1, 1, 1)
     B = (box_labels[:, None] == classes) & (mask_labels != 255)[:, None]                          # (N, L, h, w)
     M = B & (mask_labels[:, None] == classes)
@@ -155,6 +163,8 @@ def attention_fill_rate(alpha, box_labels):
 
     alpha (N, L, h, w) in [0, 1], box_labels (N, h, w) -> (N, L) in [0, 1], 0 for a class without box.
     """
+    if box_labels.shape != alpha[:, 0].shape:
+        raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit alpha {tuple(alpha.shape)}")
     alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
     classes = torch.arange(1, alpha.shape[1] + 1, device=alpha.device).view(1, -1, 1, 1)
     B = (box_labels[:, None] == classes).to(alpha.dtype)                                          # (N, L, h, w)
@@ -166,7 +176,7 @@ def fill_rate_loss(alpha, box_labels, mask_labels, gamma=0.7):
 
         L_alpha^fr = sum_c max(0, gamma eta_c - eta'_c)
 
-    alpha (N, L, h, w), box_labels, mask_labels (N, h, w) -> scalar, sum over the classes present, mean over images.
+    alpha (N, L, h, w) in [0, 1], box_labels, mask_labels (N, h, w) -> scalar, sum over the classes present, mean over images.
     """
     # PAPER SILENT: how classes and images are reduced (it prints the loss of one class). The sum over classes, as in
     # Eq. 3, whose gradient this one has to balance, and the mean over images.
@@ -263,8 +273,8 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
                  lambda_a=1.0, regularizer="fr", gamma=0.7, detach_targets=False, generator=None, fill_labels=None):
     """Box2Seg Eq. 11: L = L_GC + lambda_AW L_AW + lambda_alpha L_alpha + lambda_A L_A.
 
-    logits (N, L+1, h, w); alpha (N, L, h, w) or None if lambda_aw = 0; embeddings (N, d, h, w) or None if lambda_a = 0;
-    box_labels, mask_labels (N, h, w); regularizer "fr" (L_alpha^fr) or "box" (L_alpha^bbox, Eq. 6). A weight of 0
+    logits (N, L+1, h, w); alpha (N, L, h, w) in [0, 1], or None if lambda_aw = 0; embeddings (N, d, h, w), or None if
+    lambda_a = 0; box_labels, mask_labels (N, h, w); regularizer "fr" (L_alpha^fr) or "box" (L_alpha^bbox, Eq. 6). A weight of 0
     leaves its term out, which makes the rows of Table 3. fill_labels (N, h, w): labels for the filling rates of
     L_alpha^fr, where they are not mask_labels (Table 4: GrabCut's beside true masks).
     -> (scalar, {"L_GC": ..., "L_AW": ..., "L_alpha": ..., "L_A": ...}), the terms unweighted and detached.
@@ -337,7 +347,7 @@ def overlap_cost(boxes, candidate_boxes):
     first = torch.maximum(boxes[..., :2], candidate_boxes[:, :2])                                 # (K, N, 2)
     last = torch.minimum(boxes[..., 2:], candidate_boxes[:, 2:])
     both = (last - first).clamp(min=0).prod(-1)                                                   # (K, N)
-    return 1 - both / (area + candidate_area - both).clamp(min=1)  # whole pixels: less than 1 is nothing at all
+    return 1 - both / (area + candidate_area - both).clamp(min=1e-9)  # 0 / 0 of two empty boxes is 0
 
 
 def regression_cost(logits, superpixels, members, boxes, classes):
@@ -374,7 +384,7 @@ def regression_cost(logits, superpixels, members, boxes, classes):
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)                                                  # (K, 1) each
     y, x = torch.arange(H, device=boxes.device), torch.arange(W, device=boxes.device)
     inside = ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]                 # (K, H, W)
-    order = (-(x1 - x0) * (y1 - y0))[:, 0].argsort(stable=True)                                   # (K,), largest first
+    order = (-(x1 - x0).double() * (y1 - y0))[:, 0].argsort(stable=True)                                   # (K,), largest first
     place = torch.arange(1, K + 1, dtype=torch.int16, device=boxes.device)[:, None, None]
     last = F.pad(inside[order] * place, (0, 0, 0, 0, 1, 0)).amax(0)              # (H, W) 0..K, its boxes' last place
     owner = F.pad(order + 1, (1, 0))[last.long()]                                                 # (H, W) 0..K
@@ -383,9 +393,8 @@ def regression_cost(logits, superpixels, members, boxes, classes):
     e_background = -log_y[0]                                                                      # (H, W)
     e_class = -log_y.gather(0, F.pad(classes.long(), (1, 0))[owner][None])[0]                     # (H, W), its owner's
 
-    cell = (owner * R + superpixels).flatten()                                   # where a pixel adds to, in (K+1, R)
-    table = torch.zeros((K + 1) * R, dtype=log_y.dtype, device=log_y.device)
-    background, D = (table.scatter_add(0, cell, e.flatten()).view(K + 1, R)[1:]                   # (K, R)
+    table = torch.zeros(K + 1, R, dtype=log_y.dtype, device=log_y.device)  # an id outside 0..R-1 is an IndexError
+    background, D = (table.index_put((owner, superpixels.long()), e, accumulate=True)[1:]         # (K, R)
                      for e in (e_background, e_class - e_background))
     with torch.autocast(D.device.type, enabled=False):  # autocast would round the sums to 16 bits
         total = background.sum(1, keepdim=True) + D @ members.to(D.dtype).T                       # (K, N)

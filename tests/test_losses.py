@@ -1369,6 +1369,49 @@ def test_regression_cost_refuses_what_it_would_misread():
     x = boxsup_scene(BOXES["apart"])
     with pytest.raises(ValueError, match=r"superpixels \(20, 50\) do not fit logits \(5, 40, 50\)"):
         losses.regression_cost(**x | dict(superpixels=x["superpixels"][:20]))
+    R = x["members"].shape[1]
+    with pytest.raises(IndexError, match=f"index {R} is out of bounds"):
+        losses.regression_cost(**x | dict(superpixels=x["superpixels"] + 1))  # as skimage's slic numbers them
+    assert torch.equal(losses.regression_cost(**x | dict(superpixels=x["superpixels"].to(torch.uint8))),
+                       losses.regression_cost(**x))
+
+
+def test_overlap_cost_needs_no_pixels():
+    boxes = torch.tensor([[0.1, 0.2, 0.4, 0.6], [0.5, 0.5, 0.9, 0.9]], dtype=torch.float64)
+    torch.testing.assert_close(losses.overlap_cost(boxes, boxes), losses.overlap_cost(1000 * boxes, 1000 * boxes))
+    torch.testing.assert_close(losses.overlap_cost(boxes, boxes), 1 - torch.eye(2, dtype=torch.float64))
+
+
+def test_large_boxes_in_small_integers_keep_their_order():
+    """300 x 300 pixels do not fit into int16."""
+    boxes = torch.tensor([[0, 0, 300, 300], [0, 0, 30, 30]])
+    x = dict(logits=torch.randn(3, 300, 300), superpixels=torch.arange(300).expand(300, 300) // 100,
+             members=torch.eye(3), classes=torch.tensor([1, 2]))
+    assert torch.equal(losses.regression_cost(**x, boxes=boxes.short()), losses.regression_cost(**x, boxes=boxes))
+
+
+@pytest.mark.parametrize("wrong", [lambda labels: labels[:, None], lambda labels: labels[:1],
+                                   lambda labels: labels[:, :-1]], ids=["a channel", "one image", "another size"])
+@pytest.mark.parametrize("name, value", [("cross_entropy_loss", "logits"), ("foreground_loss", "alpha"),
+                                         ("background_loss", "logits"), ("attention_weighted_loss", "alpha"),
+                                         ("attention_box_loss", "alpha"), ("attention_fill_rate", "alpha")])
+def test_labels_of_another_shape_are_refused(name, value, wrong):
+    """They would broadcast: a plausible number, in which every image has the labels of all."""
+    logits, alpha, labels = torch.randn(4, 4, 8, 9), torch.rand(4, 3, 8, 9), torch.randint(0, 4, (4, 8, 9))
+    arguments = [alpha] if name in ("attention_box_loss", "attention_fill_rate") else [logits]
+    arguments += [alpha] * (value == "alpha" and arguments[0] is logits)
+    assert getattr(losses, name)(*arguments, labels).isfinite().all()
+    with pytest.raises(ValueError, match="labels .* do not fit (logits|alpha)"):
+        getattr(losses, name)(*arguments, wrong(labels))
+
+
+@pytest.mark.parametrize("wrong", [lambda labels: labels[:, None], lambda labels: labels[:1],
+                                   lambda labels: labels[:, :-1]], ids=["a channel", "one image", "another size"])
+def test_masks_of_another_shape_are_refused(wrong):
+    labels = torch.randint(0, 4, (4, 8, 9))
+    for mask_labels, box_labels in ((wrong(labels), labels), (labels, wrong(labels)), (labels[:, None],) * 2):
+        with pytest.raises(ValueError, match="expected .N, h, w. twice"):
+            losses.fill_rate(mask_labels, box_labels, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
