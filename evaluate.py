@@ -180,6 +180,7 @@ def read_image(path):
         with Image.open(path) as file:
             file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
         with Image.open(path) as file:
+            deep = "16" in str(file.tile and file.tile[0][3])  # a PNG of 3 x 16 bits says mode RGB all the same
             file.load()  # raises on a cut-off JPEG; turns a TIFF itself
             mode, image, turn = file.mode, file.convert("RGB"), UPRIGHT.get(orientation(file.info.get("exif", b"")))
     except FileNotFoundError:
@@ -187,7 +188,7 @@ def read_image(path):
     except Exception as error:  # broken bytes make decoders raise nearly anything
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadInput(f"{path}: not a readable image ({why}): replace it or take its id off the list") from None
-    if mode[0] in "IF":  # what their black and white are is not said; Pillow would cut at 255
+    if mode[0] in "IF" or deep:  # what their black and white are is not said; Pillow would cut at 255, or the low byte
         raise BadInput(f"{path}: its pixels have more than 8 bits ({mode}): save it with 8 bits a channel")
     return np.array(image.transpose(Image.Transpose[turn]) if turn else image)
 # ==== end of shared block

@@ -176,7 +176,8 @@ def fill_rate_loss(alpha, box_labels, mask_labels, gamma=0.7):
 
         L_alpha^fr = sum_c max(0, gamma eta_c - eta'_c)
 
-    alpha (N, L, h, w) in [0, 1], box_labels, mask_labels (N, h, w) -> scalar, sum over the classes present, mean over images.
+    alpha (N, L, h, w) in [0, 1], box_labels, mask_labels (N, h, w) -> scalar, sum over the classes present, mean over
+    images.
     """
     # PAPER SILENT: how classes and images are reduced (it prints the loss of one class). The sum over classes, as in
     # Eq. 3, whose gradient this one has to balance, and the mean over images.
@@ -274,9 +275,9 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
     """Box2Seg Eq. 11: L = L_GC + lambda_AW L_AW + lambda_alpha L_alpha + lambda_A L_A.
 
     logits (N, L+1, h, w); alpha (N, L, h, w) in [0, 1], or None if lambda_aw = 0; embeddings (N, d, h, w), or None if
-    lambda_a = 0; box_labels, mask_labels (N, h, w); regularizer "fr" (L_alpha^fr) or "box" (L_alpha^bbox, Eq. 6). A weight of 0
-    leaves its term out, which makes the rows of Table 3. fill_labels (N, h, w): labels for the filling rates of
-    L_alpha^fr, where they are not mask_labels (Table 4: GrabCut's beside true masks).
+    lambda_a = 0; box_labels, mask_labels (N, h, w); regularizer "fr" (L_alpha^fr) or "box" (L_alpha^bbox, Eq. 6). A
+    weight of 0 leaves its term out, which makes the rows of Table 3. fill_labels (N, h, w): labels for the filling
+    rates of L_alpha^fr, where they are not mask_labels (Table 4: GrabCut's beside true masks).
     -> (scalar, {"L_GC": ..., "L_AW": ..., "L_alpha": ..., "L_A": ...}), the terms unweighted and detached.
     """
     # DEPARTS: Sect. 4.1 prints the weights 10, 1, 1; ours are 1, 5, 1. Where attention fills less than gamma eta, its
@@ -384,7 +385,7 @@ def regression_cost(logits, superpixels, members, boxes, classes):
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)                                                  # (K, 1) each
     y, x = torch.arange(H, device=boxes.device), torch.arange(W, device=boxes.device)
     inside = ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]                 # (K, H, W)
-    order = (-(x1 - x0).double() * (y1 - y0))[:, 0].argsort(stable=True)                                   # (K,), largest first
+    order = (-(x1 - x0).double() * (y1 - y0))[:, 0].argsort(stable=True)                          # (K,), largest first
     place = torch.arange(1, K + 1, dtype=torch.int16, device=boxes.device)[:, None, None]
     last = F.pad(inside[order] * place, (0, 0, 0, 0, 1, 0)).amax(0)              # (H, W) 0..K, its boxes' last place
     owner = F.pad(order + 1, (1, 0))[last.long()]                                                 # (H, W) 0..K

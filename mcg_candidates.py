@@ -31,6 +31,7 @@ and about 100 KB for an image of VOC's size.
 import argparse
 import contextlib
 import heapq
+import itertools
 import json
 import multiprocessing
 import os
@@ -172,6 +173,7 @@ def read_image(path):
         with Image.open(path) as file:
             file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
         with Image.open(path) as file:
+            deep = "16" in str(file.tile and file.tile[0][3])  # a PNG of 3 x 16 bits says mode RGB all the same
             file.load()  # raises on a cut-off JPEG; turns a TIFF itself
             mode, image, turn = file.mode, file.convert("RGB"), UPRIGHT.get(orientation(file.info.get("exif", b"")))
     except FileNotFoundError:
@@ -179,7 +181,7 @@ def read_image(path):
     except Exception as error:  # broken bytes make decoders raise nearly anything
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise BadInput(f"{path}: not a readable image ({why}): replace it or take its id off the list") from None
-    if mode[0] in "IF":  # what their black and white are is not said; Pillow would cut at 255
+    if mode[0] in "IF" or deep:  # what their black and white are is not said; Pillow would cut at 255, or the low byte
         raise BadInput(f"{path}: its pixels have more than 8 bits ({mode}): save it with 8 bits a channel")
     return np.array(image.transpose(Image.Transpose[turn]) if turn else image)
 # ==== end of shared block
@@ -426,7 +428,7 @@ SHORTEST_SIDE = 64                            # pixels; a reduction that leaves 
 WORKING_AREA = 250_000                        # pixels; a larger image is reduced to this (VOC's never are)
 SIGMA, OFFSET = 2.0, 3.0                      # pixels: the windows compared on the two sides of a contour
 BINS, WIDTHS, MIDDLES = (8, 8, 8), (14, 9, 9), (50, 0, 0)           # histograms of L, a, b, in units of Lab
-TEXTURE, FAINT = 1.0, 8.0                     # weight of the orientation histogram; slope of L that is half an edge
+TEXTURE, FAINT = 1.0, 8.0                     # weight of the orientation histogram; step of L in 2 pixels: half an edge
 GRID, TILT = 9, 0.004                         # pixels: superpixels of even size where nothing else decides
 MOST_SUPERPIXELS = 2500
 EIGENVECTORS, SPREAD, SPECTRAL = 12, 0.1, 0.3    # affinity exp(-strength / SPREAD); share of the spectral strength
@@ -491,9 +493,9 @@ def descend(heights):
     """
     height, width = heights.shape
     own = np.arange(height * width).reshape(height, width)
-    wave = [np.cos(2 * np.pi / GRID * np.arange(n, dtype=np.float32)) for n in (height, width)]
-    heights = heights - TILT * (wave[0][:, None] + wave[1])
-    while True:
+    for period in itertools.count(GRID):
+        wave = [np.cos(2 * np.pi / period * np.arange(n, dtype=np.float32)) for n in (height, width)]
+        heights = heights - TILT * (wave[0][:, None] + wave[1])
         lowest, target = heights.copy(), own.copy()
         for here, there in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:, 1:], np.s_[:, :-1]), (np.s_[:-1], np.s_[1:]),
                             (np.s_[1:], np.s_[:-1])):
@@ -506,7 +508,7 @@ def descend(heights):
         minima, superpixels = np.unique(target, return_inverse=True)
         if len(minima) <= MOST_SUPERPIXELS:
             return superpixels.reshape(height, width).astype(np.int32)
-        heights = cv2.GaussianBlur(heights, (0, 0), 2)  # noise: fewer minima
+        heights = cv2.GaussianBlur(heights, (0, 0), 2)  # noise: fewer minima; where it is plain, a wider egg-box
 
 
 def border_arcs(superpixels):
@@ -713,7 +715,7 @@ def mcg(image, max_candidates=3500):
     height, width = image.shape[:2]
     if height * width > WORKING_AREA:
         scale = (WORKING_AREA / (height * width)) ** 0.5
-        size = min(width, max(1, int(width * scale))), min(height, max(1, int(height * scale)))
+        size = max(1, int(width * scale)), max(1, int(height * scale))
         superpixels, members = mcg(cv2.resize(image, size, interpolation=cv2.INTER_AREA), max_candidates)
         return cv2.resize(superpixels, (width, height), interpolation=cv2.INTER_NEAREST), members
 
@@ -1282,8 +1284,8 @@ def make_one(target, images, name, annotation, names, method, max_candidates):
         superpixels, members = METHODS[method](image, max_candidates)
     else:                                               # nothing will choose among them
         superpixels, members = np.zeros(image.shape[:2], np.int32), np.zeros((0, 1), bool)
-    write_candidates(target, superpixels, members[:max_candidates], boxes, classes)
-    return len(members[:max_candidates]), len(boxes), [] if len(boxes) else ["no box, all background"]
+    write_candidates(target, superpixels, members, boxes, classes)
+    return len(members), len(boxes), [] if len(boxes) else ["no box, all background"]
 
 
 def draw_one(target, images, name, annotation, *_):

@@ -11,7 +11,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import mcg_candidates
 from mcg_candidates import (along_arcs, border_arcs, contour_channels, contour_strength, descend, fill_holes,
-                            graph_eigenvectors, mcg, merge_tree, near_duplicates, soft_bins, tree_groups)
+                            graph_eigenvectors, mcg, merge_tree, near_duplicates, soft_bins, spectral_strength,
+                            tree_groups)
 
 cv2.setNumThreads(1)
 torch.set_num_threads(1)
@@ -61,6 +62,16 @@ def test_channels_are_histograms():
     """In each of the four lists every pixel holds a total of 1 (Hellinger distance of windows is then in 0..1)."""
     for maps in contour_channels(noise(12, 17)):
         np.testing.assert_allclose(sum(maps), 1, atol=1e-5)
+
+
+def test_orientation_has_no_direction():
+    """On a vertical edge the normal points along x: bin 0, whether brightness rises or falls; 4 on a horizontal one."""
+    rise = np.zeros((20, 20, 3), np.uint8)
+    rise[:, 10:] = 200
+    for image, wanted in ((rise, 0), (rise[:, ::-1], 0), (rise.transpose(1, 0, 2), 4),
+                          (rise[:, ::-1].transpose(1, 0, 2), 4)):
+        bins = [float(m[10, 10]) for m in contour_channels(np.ascontiguousarray(image))[3]]
+        assert bins[wanted] > 0.5 and sum(bins) - bins[wanted] - bins[8] < 1e-5
 
 
 def naive_contours(image):
@@ -199,6 +210,25 @@ def test_eigenvectors_of_two_superpixels():
     assert values == pytest.approx([2]) and vectors[0, 0] == pytest.approx(-vectors[1, 0])
 
 
+def test_spectral_strength_against_a_dense_solver():
+    """gPb's: steps of the eigenvectors over the roots of their eigenvalues; strong arcs tie little; of equal mean."""
+    arcs = border_arcs(blocks(5, 6, 2))
+    rng = np.random.default_rng(1)
+    strength, length = rng.random(len(arcs["pairs"])), rng.integers(1, 9, len(arcs["pairs"]))
+    found = spectral_strength({**arcs, "length": length}, strength, 30)
+    affinity = np.zeros((30, 30))
+    affinity[tuple(arcs["pairs"].T)] = length * np.exp(-strength / mcg_candidates.SPREAD)
+    affinity += affinity.T
+    degree = affinity.sum(1)
+    values, basis = np.linalg.eigh(np.eye(30) - affinity / np.sqrt(np.outer(degree, degree)))
+    vectors = basis / degree[:, None] ** 0.5
+    i, j = arcs["pairs"].T
+    wanted = sum(np.abs(vectors[i, k] - vectors[j, k]) / values[k] ** 0.5
+                 for k in range(1, mcg_candidates.EIGENVECTORS + 1))
+    assert found @ length == pytest.approx(strength @ length)
+    np.testing.assert_allclose(found, wanted * (strength @ length) / (wanted @ length), rtol=0.02)
+
+
 # ---------------------------------------------------------------- tree and groups
 def naive_tree(pairs, strength, length, areas):
     """merge_tree()'s children, each as a set: all borders are summed from the arcs anew for each merge."""
@@ -223,8 +253,9 @@ def test_tree_against_naive_agglomeration():
     rng = np.random.default_rng(5)
     arcs = border_arcs(blocks(5, 6, 3))
     strength, areas = rng.random(len(arcs["pairs"])), rng.integers(1, 50, 30).tolist()
-    children, _ = merge_tree(arcs["pairs"], strength, arcs["length"], areas)
-    assert [set(merged) for merged in children] == naive_tree(arcs["pairs"], strength, arcs["length"], areas)
+    length = rng.integers(1, 9, len(arcs["pairs"]))           # not all alike: a border's strength is weighted by them
+    children, _ = merge_tree(arcs["pairs"], strength, length, areas)
+    assert [set(merged) for merged in children] == naive_tree(arcs["pairs"], strength, length, areas)
 
 
 def test_groups_are_all_small_connected_sets_with_the_new_region():
@@ -332,6 +363,26 @@ def test_a_two_coloured_object_is_found():
     assert best(truth & upper) > 0.8 and best(truth & ~upper) > 0.8                               # each colour alone
 
 
+def test_a_bay_is_no_hole():
+    """A red C, open to the image's left border, on green, and a blue disc within a red one: the bay stays, while no
+    segment has a hole, as the ring would."""
+    ys, xs = np.mgrid[:64, :110]
+    letter = (ys > 8) & (ys < 56) & (xs < 50) & ~((ys > 22) & (ys < 42) & (xs < 32))
+    away = np.hypot(ys - 32, xs - 82)
+    image = np.where((letter | (away < 20))[..., None], (190, 60, 50), (70, 130, 60))
+    image = np.where((away < 9)[..., None], (50, 60, 170), image) + np.random.default_rng(0).normal(0, 5, (64, 110, 3))
+    superpixels, members = masks(image.clip(0, 255).astype(np.uint8))
+    found = members[:, superpixels]
+    assert ((found & letter).sum((1, 2)) / (found | letter).sum((1, 2))).max() > 0.85
+    np.testing.assert_array_equal(found, flood(members, superpixels))
+
+
+def test_a_plain_picture_of_the_full_working_area_ends():
+    """Its egg-box has 49 x 65 minima, more than MOST_SUPERPIXELS. Blurred alone it ends flat, where every pixel is a
+    minimum, for ever: one in four greys at 640x480, as float32 rounds them."""
+    assert descend(np.full((433, 577), 2.4e-4, np.float32)).max() + 1 <= mcg_candidates.MOST_SUPERPIXELS
+
+
 def test_invariants():
     image = cv2.GaussianBlur(noise(60, 80, seed=1), (0, 0), 3)
     image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)
@@ -369,3 +420,5 @@ def test_large_pictures_are_reduced(monkeypatch):
     superpixels, members = masks(large)
     found, truth = members[:, superpixels], cv2.resize(truth.astype(np.uint8), (243, 181)) == 1
     assert ((found & truth).sum((1, 2)) / (found | truth).sum((1, 2))).max() > 0.85
+    for r in range(members.shape[1]):                                                             # no id is blended
+        assert cv2.connectedComponents((superpixels == r).astype(np.uint8), connectivity=4)[0] == 2

@@ -21,8 +21,8 @@ import mcg_candidates
 from mcg_candidates import (METHODS, VOC_CLASSES, BadInput, box_iou, claim_folder, class_names, coco_boxes, coco_mask,
                             critical_levels, distinct, extents, felzenszwalb, find_voc, geodesic, geodesic_distance,
                             hierarchy, histograms, make_candidates, neighbours, read_boxes, read_candidates, read_coco,
-                            read_image, read_label, read_list, read_source, texture_channels, tight_boxes, watershed,
-                            write_candidates)
+                            read_image, read_label, read_list, read_source, slope, superpixel_graph, texture_channels,
+                            tight_boxes, watershed, write_candidates)
 from toy_voc import CLASS_NAMES, make_toy_voc
 
 SCRIPT = Path(mcg_candidates.__file__)
@@ -121,6 +121,20 @@ def test_neighbours_by_hand():
     assert neighbours(np.zeros((3, 3), int), np.zeros((3, 3)))[0].shape == (0, 2)
 
 
+def test_graph_weights_are_slope_plus_step_of_the_mean_colour():
+    """Black, grey and white columns: L is 0, 53.6 and 100, and each border adds how steep the image is there."""
+    image = np.repeat(np.repeat(np.uint8([0, 128, 255]), 8)[None, :, None], 6, 0).repeat(3, 2)
+    superpixels = np.repeat(np.arange(3), 8)[None].repeat(6, 0)
+    pairs, weights = superpixel_graph(image, superpixels)
+    steep = slope(image)[0]
+    assert pairs.tolist() == [[0, 1], [1, 2]] and steep[[7, 8, 15, 16]].min() > 10
+    assert weights.tolist() == pytest.approx([53.6 + max(steep[7:9]), 46.4 + max(steep[15:17])], abs=0.1)
+
+
+def test_a_large_picture_gets_larger_cells():
+    assert watershed(np.zeros((300, 300, 3), np.uint8), 2).max() + 1 == 3600                 # of 5x5, not 22,500 of 2x2
+
+
 def test_distinct_keeps_the_first_of_equal_rows_in_order():
     members = np.array([[1, 0, 0], [0, 1, 1], [1, 0, 0], [1, 1, 1], [0, 1, 1]], bool)
     assert distinct(members).tolist() == members[[0, 1, 3]].tolist()
@@ -179,6 +193,30 @@ def test_hierarchy_is_that_of_the_naive_search(seed):
     merges = hierarchy(pairs, features, sizes, extents(superpixels) / (30, 24, 30, 24))
     assert len(merges) == superpixels.max()
     assert [tuple(sorted(merge)) for merge in merges] == naive_hierarchy(superpixels, channels, 5)
+
+
+def test_selective_search_hands_on_what_hierarchy_expects(monkeypatch):
+    """Channels in 0..1; histograms whose shares add up to 1 each; sizes and tight boxes in shares of the image; three
+    colour spaces x four sets of similarities x two starts."""
+    seen, channels, first, count = [], [], mcg_candidates.hierarchy, mcg_candidates.histograms
+    monkeypatch.setattr(mcg_candidates, "hierarchy", lambda *given: seen.append(given) or first(*given))
+    monkeypatch.setattr(mcg_candidates, "histograms", lambda *given: channels.append(given[0]) or count(*given))
+    picture = np.random.default_rng(0).integers(0, 2, (40, 72, 3)).astype(np.uint8) * 255   # all of the colour cube
+    picture = np.where(np.arange(72)[:, None] < 36, picture, clutter(40, 72))
+    superpixels, members = METHODS["ss"](picture)
+    assert all(0 <= c.min() and c.max() <= 1.001 for c in channels) and len(channels) == 6
+    assert max(c[..., 0].max() for c in channels[::2]) > 0.8                                # and the range is used
+    assert [round(float(features[0].sum())) for _, features, *_ in seen] == [2, 1, 1, 0] * 6
+    assert len({features.tobytes() for _, features, *_ in seen if features.size}) >= 9
+    for _, features, sizes, boxes in seen:
+        totals = features.sum(1)
+        assert sizes.sum() == pytest.approx(1)
+        assert totals.tolist() == pytest.approx([round(float(totals[0]))] * len(sizes))
+        assert boxes.min(0).tolist() == pytest.approx([0, 0, -1, -1]) and boxes[:, :2].max(0).min() > 0.5
+        assert (-(boxes[:, 0] + boxes[:, 2]) * -(boxes[:, 1] + boxes[:, 3]) >= sizes - 1e-9).all()
+    # large ones, late in the hierarchy, come early in the ranking
+    areas = members @ np.bincount(superpixels.ravel())
+    assert areas[:len(areas) // 4].mean() > 1.5 * areas[-len(areas) // 4:].mean()
 
 
 def test_extents_are_tight_boxes():

@@ -419,7 +419,9 @@ def test_labels_and_logits_lie_upon_each_other():
         torch.testing.assert_close(to_pixels(cells[:, None], (side, side))[0, 0], rows[0].float())
     x = torch.zeros(1, 3, 350, 262)
     assert resized(x, 1, network).shape[2:] == (353, 257) and resized(x, 0.5, network).shape[2:] == (161, 129)
-    assert resized(x, 0.01, network).shape[2:] == (33, 33) and resized(x[..., :321, :33], 1, network).shape[2:] == (321, 33)
+    assert resized(x[..., :48, :50], 1, network).shape[2:] == (33, 65)          # 48 is 15 from 33, 50 is 15 from 65
+    assert resized(x, 0.01, network).shape[2:] == (33, 33)
+    assert resized(x[..., :321, :33], 1, network).shape[2:] == (321, 33)
 
 
 def linear(module):
@@ -487,7 +489,7 @@ def resnet18_weights():
 def test_partial_weights_are_reported_key_by_key(tmp_path):
     """layer4 cut off, conv1 of another shape, one name that no ResNet has: all are named, the rest is loaded."""
     state = {k: v for k, v in resnet18_weights().items() if not k.startswith("layer4")}
-    state["conv1.weight"] = torch.zeros(64, 1, 7, 7)
+    state["conv1.weight"] = torch.zeros(3, 64, 7, 7)          # as many numbers, in another order
     state["layer9.weight"] = torch.zeros(3)
     torch.save(state, tmp_path / "partial.pth")
     network = Box2SegNet(3, "resnet18", width=8, weights=tmp_path / "partial.pth")
@@ -534,9 +536,13 @@ def test_weights_that_cannot_be_used(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"a": torch.zeros(1), 7: "b"}, tmp_path / "other.pth")
     torch.save({"module": nn.Linear(2, 2)}, tmp_path / "code.pth")               # weights_only must refuse this
+    flipped = bytearray(good.read_bytes())
+    flipped[len(flipped) // 2] ^= 1                           # a bit among the weights: torch.load would read over it
+    (tmp_path / "flipped.pth").write_bytes(flipped)
     for name, reason in (("cut", "not a readable"), ("text", "not a readable"), ("empty", "not a readable"),
                          ("list", "no state dict but a list"), ("other", "none of its 2 entries fits"),
-                         ("code", "not a readable"), ("absent", "no such file"), ("folder", "a folder: name a file")):
+                         ("flipped", "not a readable"), ("code", "not a readable"), ("absent", "no such file"),
+                         ("folder", "a folder: name a file")):
         with pytest.raises(ValueError, match=reason) as caught:
             Box2SegNet(3, "resnet18", width=8, weights=tmp_path / f"{name}.pth")
         message = str(caught.value)
@@ -574,6 +580,19 @@ def test_pretrained_without_a_network_names_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     with pytest.raises(ValueError, match=r"cannot get https://.*resnet18.*name resolution failed.*give the file"):
         Box2SegNet(3, "resnet18", width=8, pretrained=True)
+
+
+@pytest.mark.parametrize("backbone, sha256", [("resnet101", "63fe2227"), ("resnet50", "0676ba61"),
+                                              ("resnet18", "f37072fd"), ("vgg16", "397923af")])
+def test_downloads_are_v1_and_checked(tmp_path, monkeypatch, backbone, sha256):
+    """For ResNet-50 and -101 torchvision's default would be V2; a file whose hash is not that of its name is refused,
+    which torch.hub is asked to see to."""
+    def unreachable(url, path, hash_prefix, **_):
+        raise OSError(f"name resolution failed, {hash_prefix} wanted")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    with pytest.raises(ValueError, match=f"{backbone}-{sha256}.pth .*, {sha256} wanted"):
+        model.download_encoder(None, backbone)
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------------------
@@ -670,6 +689,16 @@ def test_half_scale_by_hand():
     torch.testing.assert_close(predict(network, stripes, scales=(0.5,)), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_logits_at_full_size_are_those_of_predict():
+    """What BoxSup's labels are chosen by and what is evaluated: one view of the image at the same scale."""
+    network, image = small(), picture(70, 90)
+    for scale in (1.0, 0.5):
+        with torch.no_grad():
+            logits = model.full_size_logits(network, torch.from_numpy(image), scale)
+        assert logits.shape == (4, 70, 90) and logits.dtype == torch.float32
+        torch.testing.assert_close(logits.softmax(0), predict(network, image, scales=(scale,)))
+
+
 def test_flip_makes_the_answer_symmetric():
     network, image = small(), picture(33, 50)
     p = predict(network, image, flip=True)
@@ -744,6 +773,14 @@ def test_parameters_are_deeplabs(kind):
     assert round(count(network) / 1e5) == {"4x4": 651, "LargeFOV": 205}[kind]
     assert network.arch == dict(network="DeepLabVGG16", num_classes=21, large_fov=KINDS[kind])
     assert network.last_layer is network.fc8
+    learned = {id(p) for p in network.encoder.parameters()}   # --encoder-lr is for all that comes from ImageNet
+    assert [n for n, p in network.named_parameters() if id(p) not in learned] == ["fc8.weight", "fc8.bias"]
+
+
+@each_kind
+def test_vgg_training_begins_at_nearly_uniform_classes(kind):
+    fc8 = DeepLabVGG16(21, KINDS[kind]).fc8
+    assert abs(fc8.weight.std() - 0.01) < 0.001 and not fc8.bias.any()
 
 
 def test_vgg_table_in_the_docstring():
