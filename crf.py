@@ -305,7 +305,7 @@ def read_image(path):
         with Image.open(path) as file:
             file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
         with Image.open(path) as file:
-            deep = "16" in str(file.tile and file.tile[0][3])  # a PNG of 3 x 16 bits says mode RGB all the same
+            deep = any(depth in str(file.tile) for depth in (";16B", ";16L", ";16N"))  # where mode may say RGB, too
             file.load()  # raises on a cut-off JPEG; turns a TIFF itself
             mode, image, turn = file.mode, file.convert("RGB"), UPRIGHT.get(orientation(file.info.get("exif", b"")))
     except FileNotFoundError:

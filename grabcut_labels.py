@@ -33,10 +33,12 @@ import shutil
 import struct
 import sys
 import threading
+import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
+from urllib.parse import quote, unquote
 from xml.sax.saxutils import escape
 
 import cv2
@@ -165,7 +167,7 @@ def read_image(path):
         with Image.open(path) as file:
             file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
         with Image.open(path) as file:
-            deep = "16" in str(file.tile and file.tile[0][3])  # a PNG of 3 x 16 bits says mode RGB all the same
+            deep = any(depth in str(file.tile) for depth in (";16B", ";16L", ";16N"))  # where mode may say RGB, too
             file.load()  # raises on a cut-off JPEG; turns a TIFF itself
             mode, image, turn = file.mode, file.convert("RGB"), UPRIGHT.get(orientation(file.info.get("exif", b"")))
     except FileNotFoundError:
@@ -886,7 +888,6 @@ def show_mask(path, corners, out=None, **options):
 #   rotation    the upright box around a rotated box, or around an outline, is taken
 #   EXIF        tools draw on the upright image; where a JSON has the size of the stored one, its boxes are turned.
 #               Where sizes do not tell (YOLO's files state none), boxes are left as they are, and it is said
-NO_CLASS = ("background", "_background_", "__background__", "__ignore__")  # as labelme and others name it
 SPLIT = re.compile(r"(?:obj_|instances_)?(train|val|test)(?:ing|id|idation)?(?:_data|\d{4})?", re.IGNORECASE)
 
 
@@ -901,9 +902,24 @@ def files_below(folder, pattern="*"):
     return sorted(Path(name) for name in names if (Path(folder) / name).is_file())
 
 
+def tidy_name(name):
+    """A class name with single spaces, and with one code for each letter (Macs write a u and two dots)."""
+    return " ".join(unicodedata.normalize("NFC", str(name)).split())
+
+
+def no_class(name):
+    return name.lower() in ("background", "_background_", "__background__", "__ignore__")  # labelme's, and others'
+
+
+def spellings(name):
+    """The file names that an export may mean by name: as it stands, %20 for a space, and a Mac's letters."""
+    return dict.fromkeys(unicodedata.normalize(form, text) if form else text
+                         for text in (name, unquote(name), quote(name)) for form in ("", "NFC", "NFD"))
+
+
 def tidy_names(names, where):
-    """Class names with single spaces; refused unless they are 1 to 254 different printable ones."""
-    names = [" ".join(str(name).split()) for name in names]
+    """Class names, each tidy; refused unless they are 1 to 254 different printable ones."""
+    names = [tidy_name(name) for name in names]
     if not 1 <= len(names) <= 254 or len(set(names)) < len(names) or not all(n and n.isprintable() for n in names):
         raise BadInput(f"{where}: expected 1 to 254 different class names, got {', '.join(map(repr, names)) or 'none'}")
     return names
@@ -911,20 +927,23 @@ def tidy_names(names, where):
 
 def coco_corners(thing, notes):
     """One of COCO's annotations -> floats x0, y0, x1, y1, or None where it has no box. Raises TypeError, ValueError."""
-    if not thing.get("bbox"):
-        return None
+    outline = thing.get("segmentation")
+    if not any(thing.get("bbox") or ()):
+        if not (isinstance(outline, list) and outline):
+            return None
+        points = np.array(sum(outline, []), float).reshape(-1, 2)
+        return *points.min(0), *points.max(0)
     x, y, width, height = (float(number) for number in thing["bbox"])
     attributes = thing.get("attributes")
     degrees = float(attributes.get("rotation") or 0) if isinstance(attributes, dict) else 0.0
     if not np.isfinite([x, y, width, height, degrees]).all():
         raise ValueError("not finite")
-    outline = thing.get("segmentation")
     if isinstance(outline, list) and outline and all(isinstance(part, list) and len(part) % 2 == 0 for part in outline):
         points = np.array([number for part in outline for number in part], float).reshape(-1, 2)
         extent = np.concatenate([points.min(0), points.max(0)]) if len(points) else np.full(4, np.nan)
         if (abs(extent - (x, y, width, height)) <= 2).all() and (abs(extent[2:] - (x + width, y + height)) > 2).any():
             raise ValueError("two corners, by its outline")
-    if degrees % 360 and not thing.get("segmentation"):  # CVAT's bbox: the rectangle before it turns about its centre
+    if degrees % 360 and not outline:  # CVAT's bbox: the rectangle before it turns about its centre
         notes["rotated boxes: the upright box around each is taken"] += 1
         cos, sin = abs(np.cos(np.radians(degrees))), abs(np.sin(np.radians(degrees)))
         x, y = x + width / 2, y + height / 2
@@ -965,7 +984,7 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
     for file in files:
         try:
             coco = json.loads(read_text(file), object_pairs_hook=once)
-            kinds = {kind["id"]: " ".join(str(kind["name"]).split()) for kind in coco["categories"]}
+            kinds = {kind["id"]: tidy_name(kind["name"]) for kind in coco["categories"]}
             entries = {one["id"]: (str(one["file_name"]), (one.get("width"), one.get("height")), [])
                        for one in coco["images"]}
             things = [(thing["image_id"], thing["category_id"], thing) for thing in coco["annotations"]]
@@ -980,13 +999,13 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
                                "own")
         # Roboflow's first category has the project's name and is the parent of all others: no class, if without boxes.
         classes.update({name: None for key, name in kinds.items()
-                        if name not in NO_CLASS and (key in used or (name, key) not in parents)})
+                        if not no_class(name) and (key in used or (name, key) not in parents)})
         bad, split = {}, split_of((file.absolute().parent.name, file.stem))
         for image, category, thing in things:
             name = kinds.get(category)
             if image not in entries or name is None:
                 notes["boxes of an image or category that the JSON does not list left out"] += 1
-            elif name in NO_CLASS or wanted and name not in wanted:
+            elif no_class(name) or wanted and name not in wanted:
                 notes["boxes of classes that are not asked for, or background, left out"] += 1
             elif thing.get("iscrowd") and not crowds:
                 notes["crowds left out (iscrowd 1, as CVAT marks all painted masks; --crowds takes them)"] += 1
@@ -996,10 +1015,11 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
                     entries[image][2].extend([(name, *corners)] if corners else [])
                     notes["annotations without a box left out"] += not corners
                 except (TypeError, ValueError):
-                    bad[image] = f"{file.name} has the box {thing['bbox']}: expected x, y, width, height: fix it"
+                    bad[image] = f"{file.name} has the box {thing.get('bbox')}: expected x, y, width, height: fix it"
         for key, (name, size, boxes) in entries.items():
             beside = lambda path: (folder / path).is_relative_to(os.path.abspath(file.parent))
-            which = locate(name, by_name.get(re.split(r"[\\/]", name)[-1], []), beside, split)
+            which = next(filter(None, (locate(spelt, by_name.get(re.split(r"[\\/]", spelt)[-1], []), beside, split)
+                                       for spelt in spellings(name))), [])
             named.update(which)
             if len(which) != 1:
                 failed[name] = (f"may be {' or '.join(map(str, which))}: rename them" if which else
@@ -1042,22 +1062,33 @@ def read_data_yaml(path, notes):
         raise BadInput(f"{path}: has a key twice: delete one")
     value = {key: yaml_values(texts[key], f"{path}, {key}") for key in ("names", "nc", "path", "train", "val", "test")
              if texts.get(key, "").strip()}
-    names, splits = tidy_names(value.get("names", []), path), {}
+    names = tidy_names(value.get("names", []), path)
     if value.get("nc", [str(len(names))]) != [str(len(names))]:
         raise BadInput(f"{path}: nc is {' '.join(value['nc'])}, but there are {len(names)} names: fix it")
     bases = [path.parent / "".join(value.get("path", [])).replace("\\", "/"), path.parent]
-    for split, entry in ((split, entry) for split in ("train", "val", "test") for entry in value.get(split, [])):
-        entry = entry.replace("\\", "/")
-        places = {os.path.abspath(base / short) for base in bases  # Roboflow has one ../ too many
-                  for short in (entry, re.sub(r"^(\.\./)+", "", entry))}
-        places = [place for place in places if os.path.exists(place)]
+    entries = [(split, entry) for split in ("train", "val", "test") for entry in value.get(split, [])]
+    splits = split_places(entries, bases, r"^(\.\./)+", path, notes)  # Roboflow has one ../ too many
+    return names, splits, "kpt_shape" in texts
+
+
+def split_places(entries, bases, prefix, where, notes):
+    """[(split, folder or list of images), ...], relative to one of bases -> {absolute folder or image: split}.
+
+    Entries and the lines of lists may have a prefix that is not there.
+    """
+    def places_of(name, bases):
+        return {os.path.abspath(base / short) for base in bases for short in (name, re.sub(prefix, "", name))}
+
+    splits = {}
+    for split, entry in ((split, entry.replace("\\", "/")) for split, entry in entries):
+        places = [place for place in places_of(entry, bases) if os.path.exists(place)]
         for place in [place for place in places if os.path.isfile(place)]:
-            lines = [line.strip().replace("\\", "/") for line in read_text(place).splitlines() if line.strip()]
-            places += {os.path.abspath(base / line) for line in lines for base in (Path(place).parent, *bases)}
+            for line in filter(None, map(str.strip, read_text(place).splitlines())):
+                places += places_of(line.replace("\\", "/"), (Path(place).parent, *bases))
         for place in places:
             splits.setdefault(place, split)
-        notes[f"entry of {path} left out, which names no folder or list ({split}: {entry})"] += not places
-    return names, splits, "kpt_shape" in texts
+        notes[f"entry of {where} left out, which names no folder or list ({split}: {entry})"] += not places
+    return splits
 
 
 def yolo_boxes(path, names, keypoints=False):
@@ -1095,13 +1126,18 @@ def yolo_boxes(path, names, keypoints=False):
 
 
 def read_yolo_names(file, notes):
-    """data.yaml, obj.names or classes.txt -> as read_data_yaml."""
+    """data.yaml, obj.names (with the lists that obj.data beside it names) or classes.txt -> as read_data_yaml."""
     if file.suffix in (".yaml", ".yml"):
         return read_data_yaml(file, notes)
     names = tidy_names(read_text(file).rstrip().splitlines(), file)  # an empty line would count: refused
-    if names[0] in NO_CLASS:
+    if no_class(names[0]):
         raise BadInput(f"{file}: begins with {names[0]}, but YOLO's class 0 is the first name: delete that line")
-    return names, {}, False
+    data = file.with_name("obj.data")
+    text = read_text(data) if file.name == "obj.names" and data.is_file() else ""
+    entries = [("val" if key == "valid" else key, entry)
+               for key, entry in re.findall(r"^[ \t]*(train|valid|val|test)[ \t]*=[ \t]*(.*\S)", text, re.MULTILINE)]
+    bases = [file.absolute().parent, file.absolute().parent.parent]  # darknet's data/ is this folder, CVAT's is nowhere
+    return names, split_places(entries, bases, r"^(\./)?data/", data, notes), False
 
 
 def read_yolo_export(labels, folder, images, names_file, notes, failed):
@@ -1122,8 +1158,8 @@ def read_yolo_export(labels, folder, images, names_file, notes, failed):
     found, used = [], {file}
     for path in images:
         swapped = Path(re.sub(r"(.*(?:^|/))images/", r"\1labels/", path.as_posix()))  # the last such folder
-        label = next((text for text in (labels / path.with_suffix(".txt"), labels / swapped.with_suffix(".txt"))
-                      if text.is_file()), None)
+        label = next((labels / text for where in (path, swapped)
+                      for text in spellings(where.with_suffix(".txt").as_posix()) if (labels / text).is_file()), None)
         if not label:
             notes["images without a label file left out"] += 1
             continue
@@ -1133,15 +1169,15 @@ def read_yolo_export(labels, folder, images, names_file, notes, failed):
         except BadInput as error:
             failed[str(path)] = str(error)
             continue
-        kept = [box for box in boxes if box[0] not in NO_CLASS]
+        kept = [box for box in boxes if not no_class(box[0])]
         notes["boxes of the background left out"] += len(boxes) - len(kept)
         split = next((splits[str(up)] for up in (folder / path, *(folder / path).parents) if str(up) in splits), None)
         found.append((path, split or split_of(path.parts[:-1]), (), kept))
     lists = ("classes.txt", "labels.txt", "train.txt", "val.txt", "valid.txt", "test.txt")
-    notes["label files left out that have no image"] += sum(
-        labels / path not in used and path.name not in lists and not path.name.startswith("README")
-        for path in files_below(labels, "*.txt"))
-    return [name for name in names if name not in NO_CLASS], found
+    alone = [path for path in files_below(labels, "*.txt")
+             if labels / path not in used and path.name not in lists and not path.name.startswith("README")]
+    notes["label files left out that have no image (" + "".join(map(str, alone[:1])) + ")"] = len(alone)
+    return [name for name in names if not no_class(name)], found
 
 
 def fit_boxes(path, stated, boxes):
@@ -1245,7 +1281,10 @@ def name_images(found, notes, failed):
     ids = {}
     for entry in found:
         parts = [part for part in entry[0].with_suffix("").parts if part != "images"] or ["images"]
-        ids.setdefault(re.sub(r"\s+", "_", "_".join(parts)), []).append(entry)
+        name = re.sub(r"\s+", "_", "_".join(parts))
+        if Path(name).suffix.lower() in ENDINGS:  # of a.jpg.jpg: lists leave an ending away
+            name = "_".join(name.rsplit(".", 1))
+        ids.setdefault(name, []).append(entry)
     for image_id, entries in ids.items():
         if len(entries) > 1 or not image_id.isprintable():
             paths = sorted({str(path) for path, *_ in entries})
@@ -1267,7 +1306,7 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
              and not (folder / path).is_relative_to(os.path.abspath(voc))]
     if coco:
         wanted = names_file and tidy_names([line for line in read_text(names_file).splitlines() if line.strip()
-                                            and line.strip() not in NO_CLASS], names_file)
+                                            and not no_class(line.strip())], names_file)
         names, found = read_coco_export(coco, folder, files, wanted, crowds, notes, failed)
     else:
         names, found = read_yolo_export(yolo, folder, files, names_file, notes, failed)

@@ -14,6 +14,7 @@ import sys
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
@@ -358,6 +359,21 @@ def test_no_output_is_an_input(voc, tmp_path):
 
 
 # ---------------------------------------------------------------- 5: pixels mean what they say
+@pytest.mark.parametrize("channels", [3, 4])
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_colours_of_16_bits_are_refused(tmp_path, channels, ending):
+    """Pillow reads them as 8 bits: the high bytes, which are 0 where 12 bits or fewer are used."""
+    cv2.imwrite(str(tmp_path / f"deep.{ending}"), np.full((4, 5, channels), 4095, np.uint16))
+    with pytest.raises(BadInput, match=f"deep.{ending}: its pixels have more than 8 bits"):
+        read_image(tmp_path / f"deep.{ending}")
+
+
+def test_a_bitmap_whose_rows_have_16_bytes_has_8_bits(tmp_path):
+    for width in (5, 53, 160):                                   # rows of 16, 160 and 480 bytes
+        cv2.imwrite(str(tmp_path / "a.bmp"), np.full((4, width, 3), (1, 2, 200), np.uint8))
+        assert (read_image(tmp_path / "a.bmp") == (200, 2, 1)).all()
+
+
 @pytest.mark.parametrize("mode, dtype", [("I;16", np.uint16), ("I", np.int32), ("F", np.float32)])
 def test_pictures_of_more_than_8_bits_are_refused(tmp_path, mode, dtype):
     deep = np.tile(np.linspace(0, 255, 64), (48, 1)).astype(dtype) * 257

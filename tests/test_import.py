@@ -154,6 +154,77 @@ def test_cvat_yolo(tmp_path, capsys):
                    "val.txt: 1 images, 1 boxes": None, "classes, boxes of each: cat 2, dog 2": 2}
 
 
+@pytest.mark.parametrize("folder", ["", "data"])
+def test_lists_of_obj_data(tmp_path, capsys, folder):
+    """All images in one folder: only the lists tell train from val. CVAT writes data/ before all paths, though its ZIP
+    has no such folder; darknet's own data/ is where obj.data lies."""
+    for name in "abc":
+        image(tmp_path / folder / "obj" / f"{name}.jpg")
+        text(tmp_path / folder / "obj" / f"{name}.txt", "0 0.5 0.5 0.5 0.5\n")
+    text(tmp_path / folder / "obj.names", "cat\n")
+    text(tmp_path / folder / "obj.data", "classes = 1\ntrain  = data/train.txt\nvalid=data/test.txt\nbackup = backup/\n"
+                                         "test = data/none.txt\n")
+    text(tmp_path / folder / "train.txt", "data/obj/a.jpg\ndata/obj/c.jpg\n")
+    text(tmp_path / folder / "test.txt", "data\\obj\\b.jpg\r\n")
+    assert import_boxes(tmp_path / "d", tmp_path / folder, yolo=tmp_path / folder) == []
+    assert ids(tmp_path / "d", "train") == ["obj_a", "obj_c"] and ids(tmp_path / "d", "val") == ["obj_b"]
+    assert said(capsys)[f"entry of {tmp_path / folder / 'obj.data'} left out, which names no folder or list "
+                        "(test: data/none.txt)"] == 1
+
+
+def test_names_as_an_url_or_a_mac_spells_them(tmp_path):
+    """%20 for a space, and u with two dots as two characters, in the export or on the disk; also in class names."""
+    for name in ("a b", "u\u0308", "\u00e4", "50%", "c%20d"):
+        image(tmp_path / "images" / f"{name}.jpg")
+        image(tmp_path / "yolo" / f"{name}.jpg")
+    named = ["images/a%20b.jpg", "images/\u00fc.jpg", "images/a\u0308.jpg", "images/50%25.jpg", "images/c%20d.jpg"]
+    categories = ((0, "Gr\u00fcn"), (1, "BACKGROUND"))
+    coco(tmp_path / "one.json", named[:2], [(1, 0, [1, 2, 3, 4]), (2, 0, [5, 6, 7, 8])], categories)
+    coco(tmp_path / "two.json", named[2:], [(n, 0, [1, 2, 3, 4]) for n in (1, 2, 3)] + [(1, 1, [0, 0, W, H])],
+         ((0, "Gru\u0308n"), (1, "Background")))
+    assert import_boxes(tmp_path / "d", tmp_path / "images", [tmp_path / "one.json", tmp_path / "two.json"]) == []
+    assert class_names(find_voc(tmp_path / "d")) == ["background", "Gr\u00fcn"]
+    assert ids(tmp_path / "d", "train") == ["a_b", "u\u0308", "\u00e4", "50%", "c%20d"]
+    assert labelled(tmp_path / "d", "\u00e4") == [("Gr\u00fcn", 1, 2, 4, 6)]
+
+    for name in named:
+        text(tmp_path / "yolo" / f"{Path(name).stem}.txt", "0 0.5 0.5 0.5 0.5\n")
+    text(tmp_path / "yolo" / "classes.txt", "cat\nBackground\n")
+    assert import_boxes(tmp_path / "y", tmp_path / "yolo", yolo=tmp_path / "yolo") == []
+    assert sorted(ids(tmp_path / "y", "train")) == sorted(ids(tmp_path / "d", "train"))
+    assert class_names(find_voc(tmp_path / "y")) == ["background", "cat"]
+
+
+def test_an_image_with_two_endings_keeps_to_its_split(tmp_path):
+    """Lists leave an ending away, so that the id a.jpg would be read as a, another image."""
+    for name in ("a.jpg", "a.jpg.jpg", "b.PNG.jpg", "v1.2.jpg"):
+        image(tmp_path / "images" / name)
+        text(tmp_path / "labels" / f"{name[:-4]}.txt", "0 0.5 0.5 0.5 0.5\n")
+    text(tmp_path / "train.txt", "images/a.jpg.jpg\nimages/b.PNG.jpg\nimages/v1.2.jpg\n")
+    text(tmp_path / "val.txt", "images/a.jpg\n")
+    text(tmp_path / "data.yaml", "names: [cat]\ntrain: train.txt\nval: val.txt\n")
+    assert import_boxes(tmp_path / "d", tmp_path / "images", yolo=tmp_path / "labels") == []
+    assert ids(tmp_path / "d", "train") == ["a_jpg", "b_PNG", "v1.2"] and ids(tmp_path / "d", "val") == ["a"]
+    assert sorted(path.name for path in (tmp_path / "d" / "VOC2012" / "JPEGImages").iterdir()) == [
+        "a.jpg", "a_jpg.jpg", "b_PNG.jpg", "v1.2.jpg"]
+
+
+def test_coco_outlines_without_a_box(tmp_path, capsys):
+    """Left out, the object would be background for certain, beside the boxes of others."""
+    image(tmp_path / "a.jpg"), image(tmp_path / "b.jpg")
+    outline = dict(segmentation=[[10, 10, 30, 12, 20, 40], [35, 20, 36, 21, 34, 25]])
+    coco(tmp_path / "a.json", ["a.jpg", "b.jpg"],
+         [(1, 1, [], outline), (1, 2, [50, 5, 10, 10]), (2, 1, [0, 0, 0, 0], outline), (2, 1, []),
+          (2, 2, [], dict(segmentation={"counts": "Q", "size": [H, W]}))])
+    assert import_boxes(tmp_path / "d", tmp_path, [tmp_path / "a.json"]) == []
+    assert labelled(tmp_path / "d", "a") == [("cat", 10, 10, 36, 40), ("dog", 50, 5, 60, 15)]
+    assert labelled(tmp_path / "d", "b") == [("cat", 10, 10, 36, 40)]
+    assert said(capsys)["annotations without a box left out"] == 2
+    coco(tmp_path / "a.json", ["a.jpg", "b.jpg"], [(1, 1, [], dict(segmentation=[[1, 2, 3]])), (2, 1, [1, 2, 3, 4])])
+    assert import_boxes(tmp_path / "e", tmp_path, [tmp_path / "a.json"]) == [
+        "a.jpg: a.json has the box []: expected x, y, width, height: fix it"]
+
+
 @pytest.mark.parametrize("folder", [".", "images"])
 def test_label_studio_coco(tmp_path, folder):
     """result.json, whose names are images/..., images\\/... or, from Windows, images\\...; names in any script."""
@@ -184,7 +255,7 @@ def test_label_studio_yolo(tmp_path, capsys):
     assert labelled(tmp_path / "d", "b") == [("cat", 8, 12, 28, 48)]
     assert said(capsys) == {
         f"class names read from {tmp_path / 'labels' / 'classes.txt'}": 2, "images without a label file left out": 1,
-        "label files left out that have no image": 1, "train.txt: 2 images, 3 boxes": None,
+        "label files left out that have no image (gone.txt)": 1, "train.txt: 2 images, 3 boxes": None,
         "classes, boxes of each: cat 2, wild dog 1": 2}
 
 
