@@ -800,7 +800,8 @@ def add_common_arguments(parser, recipes, default_out):
     add("--split", help="list to train on (default: trainaug if there is such a list, otherwise train)")
     add("--val-split", default="val", help="list to validate on, 'none' for no validation (default %(default)s)")
     add("--recipe", default="paper", choices=list(recipes), help="defaults: " + ", ".join(recipes) +
-        "; paper: its setting, for a large GPU" +
+        "; paper: its setting" + " but for learning rate and loss weights" * ("printed" in recipes) +
+        ", for a large GPU" +
         "; printed: its loss weights and learning rate, too, each of which failed here" * ("printed" in recipes) +
         "; photos: an encoder that a laptop can train; small: from scratch, on synthetic images (default %(default)s)")
     add("--out", help=f"folder for all that a run writes (default {default_out})")

@@ -3,7 +3,7 @@
     python train_box2seg.py --data VOCdevkit                                   # Table 1: Box2Seg, 74.9 in the paper
     python train_box2seg.py --data VOCdevkit --loss grabcut                    # a row of Table 3
     python train_box2seg.py --data VOCdevkit --init runs/box2seg/last.pt --masks 0.1     # a row of Table 5
-    python train_box2seg.py --data toy/VOCdevkit --recipe small                # synthetic images, minutes on a laptop
+    python train_box2seg.py --data toy/VOCdevkit --recipe small --out runs/toy  # synthetic images, minutes on a laptop
     torchrun --nproc-per-node 4 train_box2seg.py --data VOCdevkit --sync-bn    # four GPUs, the same total batch
     python train_box2seg.py --resume --out runs/box2seg                        # go on where it stopped, bit for bit
 
@@ -266,16 +266,16 @@ def parse_arguments(argv):
     """-> (arguments, {name: value} of those that were given on the command line)."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="(paper): the value is Box2Seg's. (ours): the paper does not say. Learning rate and loss weights belong "
-               "together:\nsee README.md, 'Learning rate and weights'.")
+        epilog="(paper): the value is Box2Seg's. (ours): the paper does not say, or we depart from it. Learning rate\n"
+               "and loss weights belong together: see README.md, 'Learning rate and weights'.")
     add_common_arguments(parser, RECIPES, "runs/LOSS")
     add = parser.add_argument_group("supervision").add_argument
     add("--label-dir", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ are or are to be made (default: in "
         "--data)")
     add("--loss", default="box2seg", choices=list(ROWS), help="row of Table 3 or 4; filling-rate: Song et al.; "
         "aw-mask, aw-one (ours): attention is GrabCut's mask, or 1 (default %(default)s)")
-    add("--masks", type=float, default=1.0, metavar="FRACTION", help="for --loss mask: train on this fixed random "
-        "fraction of the images (paper, Table 5: 0.05, 0.1, 1; default %(default)s)")
+    add("--masks", type=float, default=1.0, metavar="FRACTION", help="train on the true masks of this fixed "
+        "random fraction of the images, with --loss mask (paper, Table 5: 0.05, 0.1, 1; default %(default)s)")
 
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=BACKBONES, help="(paper: resnet101; default %(default)s)")
@@ -367,7 +367,7 @@ def make_crops(voc, ids, list_file, num_classes, args, with_aw, saved):
 
 def main(argv):
     args, given = parse_arguments(argv)
-    if args.masks < 1 and "loss" not in given:
+    if "masks" in given and "loss" not in given:
         args.loss = "mask"  # Table 5
     out, saved = Path(args.out or f"runs/{args.loss}"), None
     if args.resume:

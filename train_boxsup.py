@@ -2,9 +2,9 @@
 
     python train_boxsup.py --data VOCdevkit                                    # Table 1: boxes only, 62.0 in the paper
     python train_boxsup.py --data VOCdevkit --supervision rectangles           # a row of Table 2
-    python train_boxsup.py --data VOCdevkit --method ss                        # a row of Table 3
-    python train_boxsup.py --masks-list VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt    # Table 1: 1,464 masks
-    python train_boxsup.py --data toy/VOCdevkit --recipe small                 # synthetic images, minutes on a laptop
+    python train_boxsup.py --data VOCdevkit --method ss --out runs/ss          # a row of Table 3
+    python train_boxsup.py --masks-list VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt --out runs/semi    # Table 1
+    python train_boxsup.py --data toy/VOCdevkit --recipe small --out runs/toy  # synthetic images, minutes on a laptop
     torchrun --nproc-per-node 4 train_boxsup.py --data VOCdevkit               # four GPUs, the same total batch
     python train_boxsup.py --resume --out runs/boxsup                          # go on where it stopped, bit for bit
 

@@ -475,11 +475,11 @@ def test_batches_too_small_for_batch_norm_are_reported(toy, tmp_path, capsys):
 
 
 def test_masks_is_a_fixed_fraction(toy, tmp_path, whole_run, capsys):
-    for seed in (0, 1):
+    for seed, share, images in ((0, 0.5, 6), (1, 0.5, 6), (2, 1.0, 12)):  # 1.0 is a share, too, though all without it
         out = tmp_path / str(seed)
-        assert train(toy, out, "--masks", 0.5, "--init", whole_run / "best.pt", "--epochs", 1, "--seed", seed) == 0
+        assert train(toy, out, "--masks", share, "--init", whole_run / "best.pt", "--epochs", 1, "--seed", seed) == 0
         first = log_of(out)[0]
-        assert first["images"] == 6 and first["args"]["loss"] == "mask"
+        assert first["images"] == images and first["args"]["loss"] == "mask"
     ids, _ = train_box2seg.training_images(toy / "VOC2012", SimpleNamespace(split="train", masks=0.5, seed=0))
     other, _ = train_box2seg.training_images(toy / "VOC2012", SimpleNamespace(split="train", masks=0.5, seed=1))
     assert ids == other == sorted(set(ids)) and len(ids) == 6
