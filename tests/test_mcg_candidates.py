@@ -275,6 +275,12 @@ def test_seeds_go_where_no_seed_is():
         assert ((masks & field).sum((1, 2)) / (masks | field).sum((1, 2))).max() > 0.8, (y, x)
 
 
+def test_distance_grows_in_plain_parts():
+    """Without the cost of a step all of a plain picture would be as near as the seed, and hardly a segment be left."""
+    superpixels, members = geodesic(np.full((60, 60, 3), 90, np.uint8), spacing=6, seeds=16)
+    assert len(members) > 100 and len(np.unique(members @ np.bincount(superpixels.ravel()))) > 20
+
+
 # ---------------------------------------------------------------- all methods
 @pytest.mark.parametrize("method", METHODS)
 def test_what_every_method_promises(method):
