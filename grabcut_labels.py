@@ -590,9 +590,9 @@ def one_line(error):
 
 def say_notes(notes):
     """{what: [ids of the images that have it]} -> a line each on stderr, with the first ids."""
-    for what, ids in sorted(notes.items()):
+    for what, ids in notes.items():
         more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-        print(f"{len(ids)} images have {what}: {', '.join(sorted(ids)[:5])}{more}", file=sys.stderr)
+        print(f"{len(ids)} images have {what}: {', '.join(ids[:5])}{more}", file=sys.stderr)
 
 
 def a_few_ahead(ids, submit, ahead):
@@ -719,6 +719,7 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     finally:  # also on Ctrl-C: what is running is finished, what is waiting is dropped
         pool.shutdown(cancel_futures=True)
         cv2.setNumThreads(threads_before)
+    summary["notes"] = {what: sorted(found) for what, found in sorted(summary["notes"].items())}  # as done, until here
     say_notes(summary["notes"])
     summary["classes"], summary["fallbacks"] = dict(summary["classes"]), dict(summary["fallbacks"])
     summary["failures"].sort()
@@ -925,24 +926,30 @@ def tidy_names(names, where):
     return names
 
 
+def outline_corners(outline):
+    """COCO's polygons [[x, y, x, y, ...], ...] -> array x0, y0, x1, y1 around them, or None where there are none."""
+    if not isinstance(outline, list) or not all(isinstance(part, list) and len(part) % 2 == 0 for part in outline):
+        return None
+    points = np.array([number for part in outline for number in part], float).reshape(-1, 2)
+    return np.concatenate([points.min(0), points.max(0)]) if len(points) else None
+
+
 def coco_corners(thing, notes):
     """One of COCO's annotations -> floats x0, y0, x1, y1, or None where it has no box. Raises TypeError, ValueError."""
     outline = thing.get("segmentation")
+    extent = outline_corners(outline)
     if not any(thing.get("bbox") or ()):
-        if not (isinstance(outline, list) and outline):
-            return None
-        points = np.array(sum(outline, []), float).reshape(-1, 2)
-        return *points.min(0), *points.max(0)
+        if extent is None and isinstance(outline, list) and outline:
+            raise ValueError("neither a box nor an outline")
+        return None if extent is None else tuple(extent)
     x, y, width, height = (float(number) for number in thing["bbox"])
     attributes = thing.get("attributes")
     degrees = float(attributes.get("rotation") or 0) if isinstance(attributes, dict) else 0.0
     if not np.isfinite([x, y, width, height, degrees]).all():
         raise ValueError("not finite")
-    if isinstance(outline, list) and outline and all(isinstance(part, list) and len(part) % 2 == 0 for part in outline):
-        points = np.array([number for part in outline for number in part], float).reshape(-1, 2)
-        extent = np.concatenate([points.min(0), points.max(0)]) if len(points) else np.full(4, np.nan)
-        if (abs(extent - (x, y, width, height)) <= 2).all() and (abs(extent[2:] - (x + width, y + height)) > 2).any():
-            raise ValueError("two corners, by its outline")
+    if extent is not None and (abs(extent - (x, y, width, height)) <= 2).all() and (
+            abs(extent[2:] - (x + width, y + height)) > 2).any():
+        raise ValueError("two corners, by its outline")
     if degrees % 360 and not outline:  # CVAT's bbox: the rectangle before it turns about its centre
         notes["rotated boxes: the upright box around each is taken"] += 1
         cos, sin = abs(np.cos(np.radians(degrees))), abs(np.sin(np.radians(degrees)))

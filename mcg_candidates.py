@@ -1345,9 +1345,9 @@ def one_line(error):
 
 def say_notes(notes):
     """{what: [ids of the images that have it]} -> a line each on stderr, with the first ids."""
-    for what, ids in sorted(notes.items()):
+    for what, ids in notes.items():
         more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-        print(f"{len(ids)} images have {what}: {', '.join(sorted(ids)[:5])}{more}", file=sys.stderr)
+        print(f"{len(ids)} images have {what}: {', '.join(ids[:5])}{more}", file=sys.stderr)
 
 
 def a_few_ahead(ids, submit, ahead):
@@ -1436,6 +1436,7 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
         del os.environ["OMP_NUM_THREADS"]
         if threads_before is not None:
             os.environ["OMP_NUM_THREADS"] = threads_before
+    summary["notes"] = {what: sorted(found) for what, found in sorted(summary["notes"].items())}  # as done, until here
     say_notes(summary["notes"])
     summary["failures"].sort()
     return summary
