@@ -94,8 +94,9 @@ def foreground_loss(logits, alpha, box_labels):
         raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit logits {tuple(logits.shape)}")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)[:, 1:]
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
-    B = (box_labels[:, None] == classes).to(log_y.dtype)                                          # (N, L, h, w)
-    return (-(alpha * B * log_y).sum((2, 3)) / B.sum((2, 3)).clamp(min=1)).sum(1).mean()
+    B = box_labels[:, None] == classes                                                            # (N, L, h, w)
+    B_log_y = torch.where(B, log_y, 0)  # not B * log_y: a class masked by a logit of -inf would be 0 * inf = nan
+    return (-(alpha * B_log_y).sum((2, 3)) / B.sum((2, 3)).clamp(min=1)).sum(1).mean()
 
 
 def background_loss(logits, box_labels):
@@ -108,8 +109,8 @@ def background_loss(logits, box_labels):
     if box_labels.shape != logits[:, 0].shape:
         raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit logits {tuple(logits.shape)}")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)[:, 0]
-    B = (box_labels == 0).to(log_y.dtype)                                                         # (N, h, w)
-    return (-(B * log_y).sum((1, 2)) / B.sum((1, 2)).clamp(min=1)).mean()
+    B = box_labels == 0                                                                           # (N, h, w)
+    return (-torch.where(B, log_y, 0).sum((1, 2)) / B.sum((1, 2)).clamp(min=1)).mean()
 
 
 def attention_weighted_loss(logits, alpha, box_labels):

@@ -735,7 +735,8 @@ def predict(model, image, scales=(1.0,), flip=False):
     # PAPER SILENT: whether Box2Seg's Table 1 uses several scales or mirroring at test, and at which size a whole image
     # is seen, in both papers. One view by default, of its own size but for up to 16 pixels a side (VGG-16: 4).
     # DEPARTS: BoxSup averages the score maps of its three scales (Sect. 5.1). We average probabilities: a view with
-    # large scores then does not outweigh the others. Not measured: the difference on VOC.
+    # large scores then does not outweigh the others. (On photographs the two differ by 0.1 mIoU: docs/results.md,
+    # "Tables".)
     if len(scales) == 0 or not all(0 < s < math.inf for s in scales):
         raise ValueError(f"scales must be one or more numbers above 0, not {scales}")
     if not torch.is_tensor(image):

@@ -733,6 +733,18 @@ def test_large_logits(name):
     assert loss.isfinite() and all(g.isfinite().all() for g in gradients)
 
 
+@pytest.mark.parametrize("name", [n for n in TRAINED if "logits" in TRAINED[n][0]])
+def test_a_class_masked_out(name):
+    """A class that is masked by logits of -inf, and that no label has, might as well not be there."""
+    x = scene()
+    masked = edit(x, logits=F.pad(x.logits, (0, 0, 0, 0, 0, 1), value=-torch.inf),
+                  alpha=F.pad(x.alpha, (0, 0, 0, 0, 0, 1), value=0.5), rates=F.pad(x.rates, (0, 1)))
+    (loss, gradients), (without, expected) = value_and_gradients(name, masked), value_and_gradients(name, x)
+    assert torch.allclose(loss, without)
+    for gradient, value, n in zip(gradients, expected, TRAINED[name][0]):
+        assert torch.allclose(gradient[:, :value.shape[1]], value) and (gradient[:, value.shape[1]:] == 0).all()
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_label_dtypes(name):
     """Label maps come as uint8 from a PNG, as int64 from elsewhere."""
