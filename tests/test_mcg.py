@@ -383,6 +383,24 @@ def test_a_plain_picture_of_the_full_working_area_ends():
     assert descend(np.full((433, 577), 2.4e-4, np.float32)).max() + 1 <= mcg_candidates.MOST_SUPERPIXELS
 
 
+def test_lists_are_interleaved_by_share(monkeypatch):
+    """Of a list of two and one of four, what is in the middle of a fourth stands before the middle of a half, and so on;
+    of a segment that is in both, its better place counts."""
+    trees = []
+
+    def two_lists(pairs, strength, length, areas, keys):
+        trees.append(len(areas))
+        if len(trees) > 1:                                                        # the other trees find nothing
+            return []
+        return [(np.eye(len(areas), dtype=bool), np.array(ids)[:, None], keys[ids])
+                for ids in ([7, 1], [2, 1, 4, 5])]                                # places 1/4 3/4, 1/8 3/8 5/8 7/8
+
+    monkeypatch.setattr(mcg_candidates, "tree_groups", two_lists)
+    monkeypatch.setattr(mcg_candidates, "fill_holes", lambda members, pairs, border: members)
+    _, members = mcg(drawn()[0])
+    assert len(trees) > 1 and [np.flatnonzero(member).tolist() for member in members] == [[2], [7], [1], [4], [5]]
+
+
 def test_invariants():
     image = cv2.GaussianBlur(noise(60, 80, seed=1), (0, 0), 3)
     image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)

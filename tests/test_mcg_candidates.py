@@ -275,6 +275,24 @@ def test_seeds_go_where_no_seed_is():
         assert ((masks & field).sum((1, 2)) / (masks | field).sum((1, 2))).max() > 0.8, (y, x)
 
 
+def test_seeds_are_weighed_against_nothing_the_whole_border_and_each_side(monkeypatch):
+    """Six foregrounds a seed, by distances of its own; those of the border are made once."""
+    calls, signed = [], []
+    distance, levels = mcg_candidates.geodesic_distance, mcg_candidates.critical_levels
+    monkeypatch.setattr(mcg_candidates, "geodesic_distance", lambda near, sources: (
+        calls.append((set(sources), distance(near, sources))), calls[-1][1])[1])
+    monkeypatch.setattr(mcg_candidates, "critical_levels", lambda d, sizes: (signed.append(d), levels(d, sizes))[1])
+    superpixels, _ = geodesic(clutter(60, 80), seeds=3)
+    top, bottom, left, right = ({*side.tolist()} for side in (superpixels[0], superpixels[-1], superpixels[:, 0],
+                                                              superpixels[:, -1]))
+    assert [sources for sources, _ in calls[:5]] == [top | bottom | left | right, top, bottom, left, right]
+    assert len(calls) == 8 and len(signed) == 18
+    for n, (sources, foreground) in enumerate(calls[5:]):
+        assert len(sources) == 1
+        for one, background in zip(signed[6 * n:6 * n + 6], [0, *(away for _, away in calls[:5])]):
+            np.testing.assert_array_equal(one, foreground - background)
+
+
 def test_distance_grows_in_plain_parts():
     """Without the cost of a step all of a plain picture would be as near as the seed, and hardly a segment be left."""
     superpixels, members = geodesic(np.full((60, 60, 3), 90, np.uint8), spacing=6, seeds=16)
