@@ -107,7 +107,7 @@ def permutohedral_lattice(features):
     corner = (corner + wrap) * (d + 1)                                              # (d + 1, N), sum 0
     low, high = corner.amin(1, keepdim=True), corner.amax(1, keepdim=True)
     room = (high - low + (4 * d + 1))[:d, 0].tolist()                               # 2 d more on both sides, for step 6
-    # Beyond what float32 tells apart, where ranks leave 0..d too, or int64 holds; NaN. Before they serve as indices.
+    # Refused before they are used as indices: coordinates too large for float32 (ranks then leave 0..d) or int64; NaN.
     if not (rank.min() == 0 and rank.max() == d and max(room) < 2 ** 16 and math.prod(room) < 2 ** 62):
         raise BadInput("the features spread too far for the lattice: raise the standard deviations xy and rgb")
 

@@ -16,7 +16,7 @@ Writes  VOC2012/BoxMasks/<id>.png and VOC2012/GrabCutMasks/<id>.png: 8-bit PNG i
         and source.json in both: of which images, boxes, class names and GrabCut options, so that no run mixes them
 
     B(i) = c   pixel i lies in a box of class c (in the smallest such box, where boxes overlap); 0 in no box
-    M(i) = c   GrabCut, run on a box of class c alone, takes pixel i for foreground (the smallest such box)
+    M(i) = c   GrabCut, run once for each box, takes pixel i for foreground in a box of class c (the smallest such box)
 
 With --coco or --yolo it first writes what it otherwise reads, and import.json, which says what it was made from.
 What exists is kept: a second run makes only what is missing, so a run may be interrupted at any time. Delete a folder
@@ -566,7 +566,7 @@ def claim_folder(folder, images, names, method, **more):
     source = {"images": from_there(images), "class_names": list(names), "method": method, **more}
     path = Path(folder) / "source.json"
     made = path.exists() and any(file.suffix in (".npz", ".png") for file in Path(folder).rglob("*"))
-    there = read_source(folder) if made else None       # a claim of which nothing came bars nothing
+    there = read_source(folder) if made else None       # a source.json without files beside it is ignored
     # A source.json that names images which are not there came along when the folder was copied here, as are parts
     # that several machines have made: the images are ours, the rest has to agree.
     moved = there and not there["images"].is_dir()
@@ -614,6 +614,17 @@ def a_few_ahead(ids, submit, ahead):
             return
         for job in wait(jobs, return_when=FIRST_COMPLETED).done:
             yield jobs.pop(job), job
+
+
+def take_shard(ids, shard):
+    """'2/3' -> the second of three interleaved parts of ids."""
+    try:
+        part, parts = (int(number) for number in shard.split("/"))
+        if not 1 <= part <= parts:
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"--shard {shard}: expected I/N with I from 1 to N, such as 1/4") from None
+    return ids[part - 1::parts]
 # ==== end of shared block
 
 
@@ -669,8 +680,8 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
             with detecting:  # one image at a time on the detector's device; GrabCut goes on beside it
                 boxes, classes = detect(image)
         mask, fallbacks = grabcut_mask(image, boxes, classes, **options)
-        write_label(folders[0] / f"{image_id}.png", box_mask(boxes, classes, size))
         write_label(folders[1] / f"{image_id}.png", mask)
+        write_label(folders[0] / f"{image_id}.png", box_mask(boxes, classes, size))  # last: corrected() reads its time
         return classes, fallbacks
 
     summary = {"made": 0, "skipped": 0, "boxes": 0, "classes": Counter(), "fallbacks": Counter(), "notes": {},
@@ -681,13 +692,17 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     pool = ThreadPoolExecutor(workers)
 
     def corrected(image_id):
-        """Is the annotation newer than B, and does it draw another one?"""
+        """Is the annotation newer than B, and does it draw another one, or perhaps the same with other boxes?"""
         annotation, made = voc / "Annotations" / f"{image_id}.xml", folders[0] / f"{image_id}.png"
         if detect is not None or not annotation.exists() or annotation.stat().st_mtime <= made.stat().st_mtime:
             return False
         try:
             B = read_label(made)
-            return not np.array_equal(B, box_mask(*read_boxes(annotation, names, B.shape), B.shape))
+            boxes, classes = read_boxes(annotation, names, B.shape)
+            # Of boxes of one class that meet B shows only the outline, but each has a GrabCut of its own.
+            (x0, y0, x1, y1), same = boxes.T[:, :, None], np.triu(classes[:, None] == classes, 1)
+            meet = same & (x0 <= x1.T) & (x0.T <= x1) & (y0 <= y1.T) & (y0.T <= y1)
+            return meet.any() or not np.array_equal(B, box_mask(boxes, classes, B.shape))
         except BadInput:  # label() says what is wrong
             return True
 
@@ -1448,17 +1463,6 @@ def parse_arguments():
     if not (0 < arguments.margin < 100 and 0 <= arguments.min_fill <= 1 and 0 <= arguments.score_threshold <= 1):
         parser.error("--margin above 0, --min-fill and --score-threshold from 0 to 1 expected")
     return arguments
-
-
-def take_shard(ids, shard):
-    """'2/3' -> the second of three interleaved parts of ids."""
-    try:
-        part, parts = (int(number) for number in shard.split("/"))
-        if not 1 <= part <= parts:
-            raise ValueError
-    except ValueError:
-        raise BadInput(f"--shard {shard}: expected I/N with I from 1 to N, such as 1/4") from None
-    return ids[part - 1::parts]
 
 
 def main():

@@ -63,6 +63,8 @@ def cross_entropy_loss(logits, labels):
     logits (N, C, h, w), labels (N, h, w) in 0..C-1 or 255 -> scalar, the mean over the labelled pixels of the batch.
     """
     # DEPARTS: BoxSup's Eq. 1 prints a sum over pixels, whose gradient would grow with the crop. The mean, as Box2Seg's.
+    # PAPER SILENT: how images are reduced. Here one mean over all labelled pixels of the batch; Eq. 3 to 8, where each
+    # image has areas of its own, are means over images.
     if labels.shape != logits[:, 0].shape:  # gather would quietly take a corner
         raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)     # (N, C, h, w)
@@ -87,9 +89,9 @@ def foreground_loss(logits, alpha, box_labels):
     """
     # DEPARTS: Eq. 3 prints 1 / sum_i B(i, c) before the sum over c, where c is not bound. We divide each class by its
     # own box area, "to give similar weighting to each class" as its text says, sum over classes, mean over images. (On
-    # photographs of 21 classes Box2Seg's gain at lambda_AW 0.3 came from objects' pixels counting more: alpha = M
-    # gained as much, 1 nearly, and so did one divisor for all, while twice the epochs left 0.6 points of it; that each class has
-    # its own divisor lifts small objects. docs/results.md, "Tables".)
+    # photographs of 21 classes Box2Seg's gain at lambda_AW 0.3 came from objects' pixels counting more: alpha = M or
+    # one divisor for all gained as much, alpha = 1 nearly, while twice the epochs left 0.6 points of it; that each
+    # class has its own divisor lifts small objects. docs/results.md, "Tables".)
     if box_labels.shape != logits[:, 0].shape:  # (N, 1, h, w) would broadcast, and cross images
         raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit logits {tuple(logits.shape)}")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)[:, 1:]
@@ -369,8 +371,8 @@ def regression_cost(logits, superpixels, members, boxes, classes):
         D(k, r)      = sum_{p in B_k and superpixel r}  e(X(p), class k) - e(X(p), 0)
     """
     # DEPARTS: Eq. 3 prints a sum over all pixels of the image, beside Eq. 2, which is at most 1: with lambda = 3, Eq. 2
-    # would not matter. We take a mean, as training does of Eq. 1, here over the image, and of it the pixels of the box;
-    # what a segment covers outside is left to Eq. 2. So E_r hardly counts for small boxes. (The mean over the box's
+    # would not matter. We sum over the pixels of the box only and divide by those of the image, H W. What a segment
+    # covers outside the box is judged by Eq. 2 alone. So E_r hardly counts for small boxes. (The mean over the box's
     # pixels is larger by the image's area over the box's, 13 times for the median box of VOC's 2007 images: at lambda =
     # 3 a network that is not yet sure of its objects then chooses tiny segments, and its feedback makes the masks
     # worse. Where lambda holds for recognized boxes only, it makes as good masks as this mean, at lambda = 1 or 3;
@@ -396,7 +398,7 @@ def regression_cost(logits, superpixels, members, boxes, classes):
     e_background = -log_y[0]                                                                      # (H, W)
     e_class = -log_y.gather(0, F.pad(classes.long(), (1, 0))[owner][None])[0]                     # (H, W), its owner's
 
-    table = torch.zeros(K + 1, R, dtype=log_y.dtype, device=log_y.device)  # an id outside 0..R-1 is an IndexError
+    table = torch.zeros(K + 1, R, dtype=log_y.dtype, device=log_y.device)  # ids are 0..R-1
     background, D = (table.index_put((owner, superpixels.long()), e, accumulate=True)[1:]         # (K, R)
                      for e in (e_background, e_class - e_background))
     with torch.autocast(D.device.type, enabled=False):  # autocast would round the sums to 16 bits

@@ -1321,7 +1321,7 @@ def claim_folder(folder, images, names, method, **more):
     source = {"images": from_there(images), "class_names": list(names), "method": method, **more}
     path = Path(folder) / "source.json"
     made = path.exists() and any(file.suffix in (".npz", ".png") for file in Path(folder).rglob("*"))
-    there = read_source(folder) if made else None       # a claim of which nothing came bars nothing
+    there = read_source(folder) if made else None       # a source.json without files beside it is ignored
     # A source.json that names images which are not there came along when the folder was copied here, as are parts
     # that several machines have made: the images are ours, the rest has to agree.
     moved = there and not there["images"].is_dir()
@@ -1369,6 +1369,17 @@ def a_few_ahead(ids, submit, ahead):
             return
         for job in wait(jobs, return_when=FIRST_COMPLETED).done:
             yield jobs.pop(job), job
+
+
+def take_shard(ids, shard):
+    """'2/3' -> the second of three interleaved parts of ids."""
+    try:
+        part, parts = (int(number) for number in shard.split("/"))
+        if not 1 <= part <= parts:
+            raise ValueError
+    except ValueError:
+        raise BadInput(f"--shard {shard}: expected I/N with I from 1 to N, such as 1/4") from None
+    return ids[part - 1::parts]
 # ==== end of shared block
 
 
@@ -1527,17 +1538,6 @@ def parse_arguments():
            1 if arguments.workers is None else arguments.workers) < 1:
         parser.error("--max-candidates and --workers of at least 1 expected")
     return arguments
-
-
-def take_shard(ids, shard):
-    """'2/3' -> the second of three interleaved parts of ids."""
-    try:
-        part, parts = (int(number) for number in shard.split("/"))
-        if not 1 <= part <= parts:
-            raise ValueError
-    except ValueError:
-        raise BadInput(f"--shard {shard}: expected I/N with I from 1 to N, such as 1/4") from None
-    return ids[part - 1::parts]
 
 
 def main():

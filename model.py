@@ -733,7 +733,8 @@ def predict(model, image, scales=(1.0,), flip=False):
     Raises ValueError on an image that is not uint8 RGB, on no scale, and on a scale that is not above 0.
     """
     # PAPER SILENT: whether Box2Seg's Table 1 uses several scales or mirroring at test, and at which size a whole image
-    # is seen, in both papers. One view by default, of its own size but for up to 16 pixels a side (VGG-16: 4).
+    # is seen, in both papers. One view by default, of its own size but for up to 16 pixels a side (VGG-16: 4). And how
+    # y gets from m = n / 16 back to n pixels: the logits, bilinearly, before the softmax.
     # DEPARTS: BoxSup averages the score maps of its three scales (Sect. 5.1). We average probabilities: a view with
     # large scores then does not outweigh the others. (On photographs the two differ by 0.1 mIoU: docs/results.md,
     # "Tables".)
@@ -983,6 +984,10 @@ def place_network(network, args, saved, names, device):
     if share < 4 and not args.sync_bn and isinstance(network, Box2SegNet):
         print_rank0(f"{share} images in a batch of each process: the pyramid's 1x1 map has {share} values a channel, "
                     "and batch norm leaves little of them (of 2: +1 and -1 whatever the images); give at least 4")
+    if (args.crop - 1) % network.coarsest:
+        fitting = round((args.crop - 1) / network.coarsest) * network.coarsest + 1
+        print_rank0(f"--crop {args.crop}: the network's maps do not lie upon each other at their far ends; give "
+                    f"{fitting} ('Where a cell sits' in model.py)")
     network.to(device, memory_format=torch.channels_last)
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if args.sync_bn else network
 

@@ -134,7 +134,7 @@ def main():
                         help="with --checkpoint (default: 0 0.3 1 3 10)")
     parser.add_argument("--min-recognized", type=float, nargs="+", default=[0, 0.3], metavar="SHARE",
                         help="with --checkpoint (default: 0 0.3)")
-    parser.add_argument("--val-scale", type=float, default=1.0, help="with --checkpoint: as in training (default: 1)")
+    parser.add_argument("--val-scale", type=float, help="with --checkpoint (default: as in its training)")
     args = parser.parse_args()
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
@@ -147,7 +147,8 @@ def main():
             raise BadInput(f"{args.checkpoint}: trained on other classes ({' '.join(saved['class_names'])})")
         settings = [(weight, share) for share in args.min_recognized for weight in args.lambda_r]
         matrices, predicted, shares = measure_choice(
-            voc, ids, args.candidates or candidates_folder(voc, args.method), network, settings, args.val_scale)
+            voc, ids, args.candidates or candidates_folder(voc, args.method), network, settings,
+            args.val_scale or saved["args"]["val_scale"])
         score = {key: 100 * losses.iou(matrix).nanmean().item() for key, matrix in matrices.items()}
         print(f"{len(ids)} images; the network itself: {100 * losses.iou(predicted).nanmean().item():.1f} mIoU; "
               f"{len(shares)} boxes\n\n| boxes recognized by | share of boxes | lambda | cheapest | one of five |\n"

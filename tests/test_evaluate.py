@@ -226,6 +226,25 @@ def test_scales_and_flip_reach_predict(toy, checkpoint, tmp_path):
     assert (saved == predict(network, image).argmax(0).numpy()).mean() < 0.99
 
 
+def test_images_are_seen_at_the_scale_of_the_training(toy, checkpoint, tmp_path):
+    """Else --recipe photos, which validates at 0.7, would be scored and drawn at a size that it was not trained for."""
+    saved = torch.load(checkpoint, weights_only=True)
+    torch.save(saved | {"args": {"val_scale": 0.5}}, tmp_path / "half.pt")
+    scores = {}
+    for name, flags in {"half": ["half.pt"], "told": ["half.pt", "--scales", 1], "other": [checkpoint, "--scales", 0.5],
+                        "one": [checkpoint]}.items():
+        status, out, error = run("--data", toy, "--checkpoint", tmp_path / flags[0], "--device", "cpu", *flags[1:],
+                                 "--json", tmp_path / f"{name}.json", "--attention", tmp_path / name,
+                                 "--num-pictures", 1)
+        assert status == 0, error
+        assert ("at scale 0.5, as in its training" in out) == (name == "half")
+        scores[name] = json.loads((tmp_path / f"{name}.json").read_text())
+    assert scores["half"] == scores["other"] != scores["told"] == scores["one"]
+    drawn = {name: png(tmp_path / name / "sheet.png") for name in scores}
+    assert np.array_equal(drawn["half"], drawn["other"]) and np.array_equal(drawn["told"], drawn["one"])
+    assert not np.array_equal(drawn["half"], drawn["told"])
+
+
 @pytest.mark.parametrize("flags, dtype", [((), torch.float32), (("--amp", "auto"), torch.float32),
                                           (("--amp", "bf16"), torch.bfloat16)])
 def test_scores_are_float32_unless_amp_asks(toy, checkpoint, monkeypatch, flags, dtype):
@@ -593,7 +612,7 @@ class Planted:
 
 
 def drawing(**more):
-    return SimpleNamespace(device=torch.device("cpu"), amp="off", labels=None, pixels=None, **more)
+    return SimpleNamespace(device=torch.device("cpu"), amp="off", labels=None, pixels=None, scales=[1.0], **more)
 
 
 def test_heat_by_hand():
@@ -743,15 +762,17 @@ def test_crf_refines_what_is_scored_and_saved(toy, checkpoint, tmp_path):
 def test_crf_search_scores_each_parameter_set_as_evaluation_does(toy, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "GRID", {"xy": (20, 40), "rgb": (5,), "w": (1, 6)})
     status, out, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--crf-search", 2,
-                             "--workers", 0, "--json", tmp_path / "a.json")
+                             "--workers", 0, "--json", tmp_path / "a.json", "--crf-iterations", 3)
     assert status == 0, error
     found = json.loads((tmp_path / "a.json").read_text())
     assert len(found) == 5 and [one["miou"] for one in found] == sorted((one["miou"] for one in found), reverse=True)
-    assert out.count("the preset") == 1 and f"--crf-w {found[0]['w']:g} --crf-xy {found[0]['xy']:g}" in out
+    assert out.count("what --crf takes") == 1
+    best = found[0]
+    assert f"--crf --crf-w {best['w']:g} --crf-xy {best['xy']:g} --crf-rgb {best['rgb']:g} --crf-iterations 3\n" in out
     for one in found:
         status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--crf", "--crf-w", one["w"],
                                "--crf-xy", one["xy"], "--crf-rgb", one["rgb"], "--json", tmp_path / "b.json",
-                               "--workers", 0)
+                               "--workers", 0, "--crf-iterations", 3)
         assert status == 0, error
         assert json.loads((tmp_path / "b.json").read_text())["miou"] == pytest.approx(one["miou"], abs=1e-12)
 

@@ -475,6 +475,60 @@ def test_a_corrected_box_gets_new_labels(drawn, devkit):
     assert "not readable XML" in make_labels(voc, ids)["failures"][0]
 
 
+def test_a_corrected_box_that_b_does_not_show_gets_new_labels(devkit):
+    """Boxes of one class, one within the other or side by side: B is the same, but each has a GrabCut of its own."""
+    voc = find_voc(devkit)
+    image_id = all_ids(voc)[0]
+    annotation = voc / "Annotations" / f"{image_id}.xml"
+    kinds = class_names(voc)[1:3]
+
+    def correct(*things, seconds=[0]):
+        seconds[0] += 60
+        annotation.write_text("<annotation>" + "".join(things) + "</annotation>")
+        os.utime(annotation, (time.time() + seconds[0], time.time() + seconds[0]))
+        made = make_labels(voc, [image_id])["made"]
+        for kind in ("BoxMasks", "GrabCutMasks"):                               # as new as what they were made from
+            os.utime(voc / kind / f"{image_id}.png", (time.time() + seconds[0], time.time() + seconds[0]))
+        assert make_labels(voc, [image_id])["made"] == 0
+        return made
+
+    whole = thing(kinds[0], 11, 11, 50, 40)
+    assert correct(whole) == 1 and correct(whole) == 0
+    assert correct(whole, thing(kinds[0], 21, 21, 40, 30)) == 1                 # one within it
+    assert correct(thing(kinds[0], 11, 11, 30, 40), thing(kinds[0], 31, 11, 50, 40)) == 1   # two halves, which meet
+    apart = [thing(kinds[0], 11, 11, 29, 40), thing(kinds[0], 31, 11, 50, 40)]
+    assert correct(*apart) == 1 and correct(*apart) == 0
+    other = [thing(kinds[0], 11, 11, 29, 40), thing(kinds[1], 20, 11, 50, 40)]  # of two classes B shows each
+    assert correct(*other) == 1 and correct(*other) == 0
+
+
+def test_an_image_that_is_stopped_between_its_two_labels_is_made_anew(devkit, monkeypatch):
+    """B's time says that both are up to date."""
+    voc = find_voc(devkit)
+    ids = all_ids(voc)[:1]
+    make_labels(voc, ids)
+    old = label_bytes(voc)
+    annotation = voc / "Annotations" / f"{ids[0]}.xml"
+    annotation.write_text("<annotation>" + thing(class_names(voc)[1], 11, 11, 50, 40) + "</annotation>")
+    os.utime(annotation, (time.time() + 60, time.time() + 60))
+    write, written = grabcut_labels.write_label, []
+
+    def full_disk(path, labels):
+        if written:
+            raise grabcut_labels.CannotWrite("no space left")
+        written.append(path)
+        write(path, labels)
+        os.utime(path, (time.time() + 120, time.time() + 120))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(grabcut_labels, "write_label", full_disk)
+        with pytest.raises(grabcut_labels.CannotWrite):
+            make_labels(voc, ids)
+    assert len(written) == 1 and make_labels(voc, ids)["made"] == 1
+    new = label_bytes(voc)
+    assert new.keys() == old.keys() and all(new[name] != old[name] for name in new)
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_stopped_in_the_middle_leaves_whole_files_and_goes_on(tmp_path, how):
     devkit = tmp_path / "VOCdevkit"

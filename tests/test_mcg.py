@@ -384,8 +384,8 @@ def test_a_plain_picture_of_the_full_working_area_ends():
 
 
 def test_lists_are_interleaved_by_share(monkeypatch):
-    """Of a list of two and one of four, what is in the middle of a fourth stands before the middle of a half, and so on;
-    of a segment that is in both, its better place counts."""
+    """A list of two has its segments at 1/4 and 3/4, one of four at 1/8, 3/8, 5/8 and 7/8, and so they are merged; of a
+    segment that is in both, its better place counts."""
     trees = []
 
     def two_lists(pairs, strength, length, areas, keys):
@@ -393,7 +393,7 @@ def test_lists_are_interleaved_by_share(monkeypatch):
         if len(trees) > 1:                                                        # the other trees find nothing
             return []
         return [(np.eye(len(areas), dtype=bool), np.array(ids)[:, None], keys[ids])
-                for ids in ([7, 1], [2, 1, 4, 5])]                                # places 1/4 3/4, 1/8 3/8 5/8 7/8
+                for ids in ([7, 1], [2, 1, 4, 5])]
 
     monkeypatch.setattr(mcg_candidates, "tree_groups", two_lists)
     monkeypatch.setattr(mcg_candidates, "fill_holes", lambda members, pairs, border: members)

@@ -20,7 +20,8 @@ from toy_voc import make_toy_voc
 import losses
 import train_box2seg
 from grabcut_labels import class_fill_rates, read_list, write_label
-from model import BadInput, batches, load_network, mixed_precision, random_crop, validate
+from model import (BadInput, Box2SegNet, batches, load_network, mixed_precision, place_network, random_crop,
+                   validate)
 from train_box2seg import FIXED, ROWS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_box2seg.py"
@@ -71,6 +72,15 @@ def assert_same_run(a, b):
 # ---------------------------------------------------------------------------------------------------------------------
 # Crops
 # ---------------------------------------------------------------------------------------------------------------------
+
+def test_a_crop_upon_which_maps_do_not_lie_is_told(capsys):
+    network = Box2SegNet(3, "resnet18", width=8, embedding=False, attention=False)
+    for crop, fitting in ((321, None), (320, 321), (512, 513), (33, None)):
+        args = SimpleNamespace(init=None, freeze_bn=False, batch_size=8, sync_bn=False, crop=crop)
+        place_network(network, args, None, ["background", "a", "b"], torch.device("cpu"))
+        said = capsys.readouterr().out
+        assert f"--crop {crop}: the network's maps" in said and f"give {fitting} " in said if fitting else not said
+
 
 def test_a_crop_of_the_whole_image_is_the_image_or_its_mirror():
     rng = np.random.default_rng(0)

@@ -424,8 +424,28 @@ def test_grabcut_masks_are_told_apart_beside_extra_boxes(toy, tmp_path):
     assert train(toy, tmp_path / "out", *flags) == 0
     assert train_boxsup.main(["--resume", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     (tmp_path / "source.json").write_text(json.dumps(source | {"min_fill": 0.5}))
-    with pytest.raises(train_boxsup.BadInput, match="other candidates or GrabCut masks"):
+    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes or GrabCut masks"):
         train_boxsup.main(["--resume", "--out", str(tmp_path / "out"), "--device", "cpu"])
+
+
+def test_a_box_more_is_told_on_resume(tmp_path):
+    """Its image's candidates are made anew, and the choices that were saved would be one too few."""
+    data, out = draw(tmp_path, 9, 1), tmp_path / "out"
+    source = data / "VOC2012" / "Candidates-mcg" / "source.json"
+    source.write_text(json.dumps(json.loads(source.read_text()) | {"boxes": "Annotations"}))
+    assert train(data, out, "--epochs", 1) == 0
+    resume = ["--resume", "--out", str(out), "--device", "cpu"]
+    assert train_boxsup.main(resume) == 0
+    saved = torch.load(out / "last.pt", weights_only=True)
+    torch.save(saved | {"made_of": {"candidates": saved["made_of"]["candidates"]}}, out / "last.pt")
+    assert train_boxsup.main(resume) == 0                                       # of before there was a print of boxes
+    torch.save(saved, out / "last.pt")
+    annotation = data / "VOC2012" / "Annotations" / "toy_train_00001.xml"       # none of the three that are read whole
+    text = annotation.read_text()
+    annotation.write_text(text.replace("</annotation>", text[text.index("<object>"):]))
+    os.utime(annotation, (time.time() + 60, time.time() + 60))
+    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes or GrabCut masks"):
+        train_boxsup.main(resume)
 
 
 def test_extra_masks_join_in(toy, tmp_path, capsys, monkeypatch):
