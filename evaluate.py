@@ -75,8 +75,11 @@ class CannotWrite(BadInput):
 def find_voc(data):
     """--data (a VOCdevkit, or the VOC2012 folder in it) -> Path of the folder that holds JPEGImages."""
     for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
-        if (folder / "JPEGImages").is_dir():
-            return folder
+        try:
+            if (folder / "JPEGImages").is_dir():
+                return folder
+        except PermissionError:
+            raise BadInput(f"{folder}: may not be read: ask its owner, or copy the data") from None
     raise BadInput(f"no VOC data in {data}: expected {data}/VOC2012/JPEGImages")
 
 
@@ -297,7 +300,7 @@ def keep_apart(outputs, inputs):
     """Refuses files and folders to write to that are read from, or files to write in a folder that is read from."""
     for out in filter(None, outputs):
         for source in filter(None, inputs):
-            for path in (out, out.parent) if out.suffix else (out,):
+            for path in (out, out.parent) if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".json") else (out,):
                 if path.exists() and source.exists() and path.samefile(source):
                     raise BadInput(f"{out}: writing there would overwrite what is read from {source}: name another")
 # ==== end of shared block

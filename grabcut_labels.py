@@ -62,8 +62,11 @@ class CannotWrite(BadInput):
 def find_voc(data):
     """--data (a VOCdevkit, or the VOC2012 folder in it) -> Path of the folder that holds JPEGImages."""
     for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
-        if (folder / "JPEGImages").is_dir():
-            return folder
+        try:
+            if (folder / "JPEGImages").is_dir():
+                return folder
+        except PermissionError:
+            raise BadInput(f"{folder}: may not be read: ask its owner, or copy the data") from None
     raise BadInput(f"no VOC data in {data}: expected {data}/VOC2012/JPEGImages")
 
 
@@ -284,7 +287,7 @@ def keep_apart(outputs, inputs):
     """Refuses files and folders to write to that are read from, or files to write in a folder that is read from."""
     for out in filter(None, outputs):
         for source in filter(None, inputs):
-            for path in (out, out.parent) if out.suffix else (out,):
+            for path in (out, out.parent) if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".json") else (out,):
                 if path.exists() and source.exists() and path.samefile(source):
                     raise BadInput(f"{out}: writing there would overwrite what is read from {source}: name another")
 # ==== end of shared block
@@ -418,9 +421,10 @@ def box_mask(boxes, classes, size):
 # PAPER SILENT: whether a box knows of its neighbours; what lies in another box of its class is not taken for sure
 # background ("background pixels outside all boxes are correctly labeled", Sect. 1): in a flock the margin is full of
 # the other sheep, and a background model that has learnt sheep finds no sheep.
-# DEPARTS: [44] works in RGB. Ours is CIELAB, where equal distances look about equally different. (It makes little
-# difference: with the choice above it, 82.6 mIoU in place of 82.4 on the animals. All of ours together, with margin and
-# second attempt: 77.8 on VOC's 2007 val images, where plain GrabCut has 71.6; docs/results.md.)
+# DEPARTS: GrabCut (Rother et al., the paper's [44]) works in RGB. Ours is CIELAB, where equal distances look about
+# equally different. (It makes little difference: together with --share, 82.6 mIoU in place of 82.4 on the animals. All
+# of ours together, with margin and second attempt: 77.8 on VOC's 2007 val images, where plain GrabCut has 71.6;
+# docs/results.md.)
 # PAPER SILENT: the resolution GrabCut works at; a box and margin of more than 240 x 240 pixels' area are scaled down to
 # that, which is faster on VOC's images and scores the same, and one more iteration at full size then moves the
 # boundary. Much smaller would lose objects: GrabCut weighs a sum over the area (colour) against one
@@ -638,21 +642,23 @@ def label_paths(voc, out=None, detector=False):
 
 
 def claim_labels(folders, voc, ids, names, boxes, options):
-    """The folders of B and M, for labels of these boxes and GrabCut options -> options, all of them. Those not given
-    are the ones with which the folder was made, so that whatever is missing is made like the rest."""
+    """The folders of B and M, for labels of these boxes and GrabCut options -> options, all of them, and the folders
+    whose labels are not ours, and stay. Options not given are those with which the folder was made, so that whatever is
+    missing is made like the rest."""
     there = read_source(folders[1]) if (folders[1] / "source.json").exists() else {}
     adopted = {key: there[key] for key, default in GRABCUT.items()
                if key not in options and there.get(key, default) != default}
     if adopted:
         print(f"{folders[1]}: made with {adopted}, not the defaults; what is missing is made so, too", file=sys.stderr)
-    options = GRABCUT | adopted | options
+    options, foreign = GRABCUT | adopted | options, []
     for folder, more in zip(folders, ({}, options)):
         if not (folder / "source.json").exists() and any((folder / f"{i}.png").exists() for i in ids):
             print(f"{folder}: labels of unknown make (no source.json) are there and stay; what is missing is made of "
                   f"{boxes}", file=sys.stderr)
+            foreign.append(folder)
         else:
             claim_folder(folder, voc / "JPEGImages", names, "grabcut" if more else "boxes", boxes=boxes, **more)
-    return options
+    return options, foreign
 
 
 def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
@@ -668,7 +674,7 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     boxes_from = "Annotations" if detect is None else getattr(detect, "source", "detector")
     if detect is None:
         require_a_box((voc / "Annotations" / f"{i}.xml" for i in ids), names)
-    options = claim_labels(folders, voc, ids, names, boxes_from, options)
+    options, foreign = claim_labels(folders, voc, ids, names, boxes_from, options)
     detecting = threading.Lock()
 
     def label(image_id):
@@ -680,8 +686,9 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
             with detecting:  # one image at a time on the detector's device; GrabCut goes on beside it
                 boxes, classes = detect(image)
         mask, fallbacks = grabcut_mask(image, boxes, classes, **options)
-        write_label(folders[1] / f"{image_id}.png", mask)
-        write_label(folders[0] / f"{image_id}.png", box_mask(boxes, classes, size))  # last: corrected() reads its time
+        for folder, labels in ((folders[1], mask), (folders[0], box_mask(boxes, classes, size))):
+            if folder not in foreign or not (folder / f"{image_id}.png").exists():
+                write_label(folder / f"{image_id}.png", labels)     # B last, since corrected() reads its time
         return classes, fallbacks
 
     summary = {"made": 0, "skipped": 0, "boxes": 0, "classes": Counter(), "fallbacks": Counter(), "notes": {},
@@ -694,14 +701,16 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     def corrected(image_id):
         """Is the annotation newer than B, and does it draw another one, or perhaps the same with other boxes?"""
         annotation, made = voc / "Annotations" / f"{image_id}.xml", folders[0] / f"{image_id}.png"
-        if detect is not None or not annotation.exists() or annotation.stat().st_mtime <= made.stat().st_mtime:
+        if detect is not None or folders[0] in foreign or not annotation.exists():
+            return False
+        if annotation.stat().st_mtime <= made.stat().st_mtime:
             return False
         try:
             B = read_label(made)
             boxes, classes = read_boxes(annotation, names, B.shape)
-            # Of boxes of one class that meet B shows only the outline, but each has a GrabCut of its own.
-            (x0, y0, x1, y1), same = boxes.T[:, :, None], np.triu(classes[:, None] == classes, 1)
-            meet = same & (x0 <= x1.T) & (x0.T <= x1) & (y0 <= y1.T) & (y0.T <= y1)
+            # Where boxes meet, B may hide an edge, but each has a GrabCut of its own.
+            x0, y0, x1, y1 = boxes.T[:, :, None]
+            meet = np.triu((x0 <= x1.T) & (x0.T <= x1) & (y0 <= y1.T) & (y0.T <= y1), 1)
             return meet.any() or not np.array_equal(B, box_mask(boxes, classes, B.shape))
         except BadInput:  # label() says what is wrong
             return True
@@ -763,10 +772,13 @@ def make_detector(names, name="fasterrcnn_resnet50_fpn_v2", weights=None, device
     # PAPER SILENT: which of SNIPER's boxes count and what it was trained on; those of 0.5 or more here, from a detector
     # of torchvision's trained on COCO, which needs no code beyond what is installed.
     import torch  # here, so that labels from annotations need no torch
-    from torchvision.models import detection, get_model_weights
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"--device {device}: no CUDA here: use --device cpu")
-    if name not in dir(detection) or "coco" not in str(list(get_model_weights(name))).lower():
+    from torchvision.models import detection, get_model_weights, list_models
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"--device {device}: cannot be used here ({str(error).split('. ')[0]}): use --device "
+                       "cpu") from None
+    if name not in list_models(module=detection) or "coco" not in str(list(get_model_weights(name))).lower():
         raise BadInput(f"--detector {name}: no COCO detector of torchvision.models.detection")
     pretrained = get_model_weights(name).DEFAULT
     categories = [COCO_TO_VOC.get(category, category) for category in pretrained.meta["categories"]]
@@ -785,7 +797,8 @@ def make_detector(names, name="fasterrcnn_resnet50_fpn_v2", weights=None, device
         hint = f"no detector weights {weights}" if weights else f"cannot download {name}: give --detector-weights FILE"
         raise BadInput(f"{hint} ({error})") from None
     except Exception as error:  # a broken file, or another network's: torch raises many kinds
-        raise BadInput(f"{weights}: not a state dict of {name} ({str(error).splitlines()[0]})") from None
+        raise BadInput(f"{weights or 'the download'}: not a state dict of {name} "
+                       f"({str(error).splitlines()[0]})") from None
     network.eval().to(device)
 
     def detect(image):
@@ -998,8 +1011,9 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
     patterns = ("_annotations.coco.json", "instances_*.json", "result.json", "annotations.json")
     files, by_name, found, classes, named = [], {}, [], {}, set()
     for path in map(Path, sources):
-        files += [path / name for p in patterns for name in files_below(path, p)] if path.is_dir() else [path]
-        if not files:
+        here = [path / name for p in patterns for name in files_below(path, p)] if path.is_dir() else [path]
+        files += here
+        if not here:
             raise BadInput(f"--coco {path}: no {', '.join(patterns)} in this folder: name the JSON file")
     for path in images:
         by_name.setdefault(path.name, []).append(path)
@@ -1049,7 +1063,9 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
             elif key in bad or boxes and max(max(corners) for _, *corners in boxes) <= 1:
                 failed[str(which[0])] = bad.get(key) or f"{file.name} has boxes from 0 to 1: expected pixels"
             else:
-                found.append((which[0], split or split_of(which[0].parts[:-1]), size, boxes))
+                # "instances_val.json" says it first, then the image's own folders; a project may be called "test"
+                own = split_of((file.stem,)) or split_of(which[0].parts[:-1])
+                found.append((which[0], own or split, size, boxes))
     notes["images left out that no JSON names"] += len(set(images) - named)
     if missing := set(wanted or ()) - set(classes):
         raise BadInput(f"no category is called {', '.join(sorted(missing))}, as --class-names has it; there are "
@@ -1283,7 +1299,8 @@ def lay_out(voc, source, lists, texts, images):
             path = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
             old = read_list(path) if path.exists() else []
             new = [i for i in ids if i not in old and not (voc / "Annotations" / f"{i}.xml").exists()]
-            write(path, "\n".join(old + new) + "\n")
+            if old + new:                 # none: somebody deleted the list, of images that are there
+                write(path, "\n".join(old + new) + "\n")
         for name, image in images.items():
             if not (voc / name).exists():
                 try:
@@ -1324,6 +1341,9 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
     folder, notes, failed = Path(os.path.abspath(images)), Counter(), {}
     if not folder.is_dir():
         raise BadInput(f"no folder --images {images}: expected the images that were annotated")
+    if voc != Path(data) and (Path(data) / "JPEGImages").is_dir() or folder.is_relative_to(os.path.abspath(voc)):
+        raise BadInput(f"--data {data}: holds images that were there before: name another folder, that is still to be "
+                       "made")
     files = [path for path in files_below(folder) if path.suffix.lower() in ENDINGS
              and not (folder / path).is_relative_to(os.path.abspath(voc))]
     if coco:
@@ -1364,7 +1384,8 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
     source = {"boxes": [os.path.abspath(path) for path in coco or [yolo]], "images": str(folder)}
     texts = {"class_names.txt": "\n".join(["background", *names]) + "\n"}
     texts |= {f"Annotations/{i}.xml": voc_xml(ids[i][0].name, *boxes) for i, boxes in fitted.items()}
-    lay_out(voc, source, lists, texts, {f"JPEGImages/{i}{ids[i][0].suffix}": folder / ids[i][0] for i in fitted})
+    endings = {i: path.suffix if path.suffix.isupper() else path.suffix.lower() for i, (path, *_) in ids.items()}
+    lay_out(voc, source, lists, texts, {f"JPEGImages/{i}{endings[i]}": folder / ids[i][0] for i in fitted})
     for split, members in lists.items():
         print(f"{split}.txt: {len(members)} images, {sum(len(fitted[i][1]) for i in members)} boxes")
     counts = Counter(name for _, boxes in fitted.values() for name, *_ in boxes)
@@ -1501,15 +1522,16 @@ def main():
               + (f": {reasons}" if reasons else ""))
     if summary["made"] and (without := [name for name in class_names(voc)[1:] if name not in summary["classes"]]):
         print(f"no box of {', '.join(without)}" + " among those made now" * bool(summary["skipped"]))
+    made = [i for i in ids if all((folder / f"{i}.png").exists() for folder in folders)
+            and not any(failure.startswith(f"{i}: ") for failure in failures)]
     if arguments.fill_rates:
-        made = [i for i in ids if all((folder / f"{i}.png").exists() for folder in folders)]
         table = fill_rate_table(folders, made, class_names(voc))
         with writing(f"{arguments.fill_rates}.json") as temporary:
             Path(temporary).write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
         with writing(f"{arguments.fill_rates}.png") as temporary:
             Image.fromarray(draw_fill_rates(table)).save(temporary, "PNG")
         print(f"filling rates: {arguments.fill_rates}.json, {arguments.fill_rates}.png")
-    if arguments.show and (made := [i for i in ids if all((folder / f"{i}.png").exists() for folder in folders)]):
+    if arguments.show and made:
         count = min(arguments.show, len(made))
         sheet = folders[0].parent / "sheet.png"
         draw_sheet(voc, [made[i * len(made) // count] for i in range(count)], folders, sheet, detect is None)

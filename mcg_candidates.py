@@ -68,8 +68,11 @@ class CannotWrite(BadInput):
 def find_voc(data):
     """--data (a VOCdevkit, or the VOC2012 folder in it) -> Path of the folder that holds JPEGImages."""
     for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
-        if (folder / "JPEGImages").is_dir():
-            return folder
+        try:
+            if (folder / "JPEGImages").is_dir():
+                return folder
+        except PermissionError:
+            raise BadInput(f"{folder}: may not be read: ask its owner, or copy the data") from None
     raise BadInput(f"no VOC data in {data}: expected {data}/VOC2012/JPEGImages")
 
 
@@ -290,7 +293,7 @@ def keep_apart(outputs, inputs):
     """Refuses files and folders to write to that are read from, or files to write in a folder that is read from."""
     for out in filter(None, outputs):
         for source in filter(None, inputs):
-            for path in (out, out.parent) if out.suffix else (out,):
+            for path in (out, out.parent) if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".json") else (out,):
                 if path.exists() and source.exists() and path.samefile(source):
                     raise BadInput(f"{out}: writing there would overwrite what is read from {source}: name another")
 # ==== end of shared block
@@ -1219,7 +1222,7 @@ def coco_outline(outline, size):
 
 def coco_mask(outlines, classes, size, where):
     """COCO's segmentations, see coco_outline() -> (H, W) uint8 label map, the smaller object on top, 255 (crowds) below
-    all others. Raises BadInput."""
+    all others; and how many of them paint no pixel. Raises BadInput."""
     # PAPER SILENT: which of two masks of COCO that overlap is on top; the smaller, as for boxes.
     try:
         found = [coco_outline(outline, size) for outline in outlines]
@@ -1263,7 +1266,7 @@ def make_coco_candidates(path, images, out, names=VOC_CLASSES, shard="1/1", meth
         raise BadInput(f"no folder --images {images}: expected the images that {path} names")
     ids = take_shard(list(found), shard)
     summary = make_all(Path(out), images, names, ids, found.get, {"boxes": Path(path).name}, method, workers,
-                       max_candidates)
+                       max_candidates, Path(path).stat().st_mtime)
     if method == "masks" and summary["made"]:           # boxes without outlines, say
         require_a_class(target for i in ids if (target := Path(out) / f"{i}.png").exists())
     print(*(f"{path}: {note}" for note in notes), sep="\n", file=sys.stderr)
@@ -1383,9 +1386,11 @@ def take_shard(ids, shard):
 # ==== end of shared block
 
 
-def make_all(folder, images, names, ids, annotation_of, source, method="mcg", workers=None, max_candidates=None):
+def make_all(folder, images, names, ids, annotation_of, source, method="mcg", workers=None, max_candidates=None,
+             written=None):
     """Candidates of images/<id>.jpg -> folder/<id>.npz, for each id; annotation_of(id): XML path, or COCO's boxes;
-    source: {"boxes": where these are from}. With method "masks" COCO's masks -> folder/<id>.png."""
+    source: {"boxes": where these are from}; written: when COCO's JSON was. With method "masks" COCO's masks ->
+    folder/<id>.png."""
     if method != "masks":
         there = read_source(folder) if (Path(folder) / "source.json").exists() else {}
         max_candidates = max_candidates or there.get("max_candidates", 3500)
@@ -1405,11 +1410,17 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
 
     def corrected(target, annotation):
         """Is the annotation newer than the candidates, and does it have other boxes?"""
-        if not annotated or not annotation.exists() or annotation.stat().st_mtime <= target.stat().st_mtime:
-            return False
+        if isinstance(annotation, Path):
+            newer = annotated and annotation.exists() and annotation.stat().st_mtime > target.stat().st_mtime
+        else:
+            newer = written > target.stat().st_mtime
+        if not newer or method == "masks":              # masks are drawn as fast as they are compared
+            return newer
         try:
             held = read_candidates(target)
-            boxes, classes = read_boxes(annotation, names, held["superpixels"].shape)
+            size = held["superpixels"].shape
+            boxes, classes = read_boxes(annotation, names, size) if isinstance(annotation, Path) else (
+                coco_boxes(annotation[0], size, target), annotation[1])
             return not (np.array_equal(held["boxes"], boxes) and np.array_equal(held["classes"], classes))
         except BadInput:  # make_one() says what is wrong
             return True

@@ -74,6 +74,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import errno
 import json
 import math
 import os
@@ -119,7 +120,7 @@ def normalize(images):
     Raises ValueError on anything else than uint8 (N, H, W, 3).
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.numel() == 0:
-        got = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape[1:] if images.ndim else ())}"
+        got = f"{str(images.dtype).removeprefix('torch.')} {tuple(images.shape[1:])}"
         raise ValueError(f"images must be RGB, uint8 (height, width, 3) with values 0..255, not {got}")
     x = images.permute(0, 3, 1, 2).float()                                       # (N, 3, H, W)
     for c in range(3):                        # plain numbers: a tensor of means would make the CPU wait for the GPU
@@ -261,8 +262,8 @@ class EfficientNetLite0(nn.Module):
             self.maps.append(nn.Sequential(*blocks))
 
     def forward(self, x):
-        # The weights were trained on (RGB - 127) / 128, and normalize() gave (RGB - mean) / deviation. (Of 150 images
-        # of one kind of animal 0.66 are put into its ImageNet classes so, 0.60 without.)
+        # The weights were trained on (RGB - 127) / 128, and normalize() gave (RGB - mean) / deviation. (So the
+        # classifier puts 66 % of 150 images of one kind of animal into that animal's ImageNet classes, else 60 %.)
         x = x.clone()                                                            # keeps channels_last
         for c in range(3):
             x[:, c].mul_(255 * STD[c] / 128).add_((255 * MEAN[c] - 127) / 128)
@@ -681,8 +682,9 @@ def pick_device(name):
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)      # torch.cuda.set_device wants the number
         if device.index >= torch.cuda.device_count():
-            raise BadInput(f"--device {name}: this PyTorch sees {torch.cuda.device_count()} CUDA GPUs: give --device "
-                           "cpu, or install a CUDA build of PyTorch")
+            count = torch.cuda.device_count()
+            raise BadInput(f"--device {name}: this PyTorch sees {count} CUDA GPUs: give --device " + (
+                f"cuda:{count - 1}" if count else "cpu, or install a CUDA build of PyTorch"))
     return device
 
 
@@ -763,7 +765,7 @@ def predict(model, image, scales=(1.0,), flip=False):
 
 # ---- around a network: what both trainings need besides their algorithm ---------------------------------------------
 #
-# Nothing below is in the papers. In the order in which a training comes by: arguments, processes and devices, mixed
+# Nothing below is in the papers. In the order in which a training needs them: arguments, processes and devices, mixed
 # precision, checkpoints, the log, random views and batches, a step of SGD, validation, and Progress, which hands out
 # the batches and does between two steps what has to be done.
 
@@ -783,7 +785,8 @@ def run_script(main, script, user_errors, choose):
         print(f"{script}:", re.sub(r"^[\w.]*BadInput: ", "", message), file=sys.stderr)
         return 2
     except OSError as error:                              # a full disk, a folder that may not be written
-        print(f"{script}: {error}: choose another {choose}", file=sys.stderr)
+        few = error.errno in (errno.EMFILE, errno.ENOMEM)
+        print(f"{script}: {error}: " + ("give fewer --workers" if few else f"choose another {choose}"), file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:               # of a GPU; of the machine's memory it is a RuntimeError
         print(f"{script}: {str(error).split('. ')[0]}: give a smaller --batch-size or --crop", file=sys.stderr)
@@ -875,6 +878,8 @@ def check_arguments(args, device, out, more):
          "--workers, --seed, --clip-norm, --encoder-lr: expected 0 or more"),
         (0 <= args.colour < 1, f"--colour {args.colour}: expected 0 <= colour < 1"),
         (min(args.log_every, args.save_every, args.val_every) >= 1, "--log-, --save-, --val-every: expected 1 or more"),
+        (min(args.lr, args.momentum, args.weight_decay) >= 0,
+         "--lr, --momentum, --weight-decay: expected 0 or more"),
         (args.val_scale > 0, f"--val-scale {args.val_scale}: expected more than 0"),
         (not args.sync_bn or device.type == "cuda", "--sync-bn: PyTorch has it on CUDA only; leave it out"),
         *more,
@@ -882,6 +887,8 @@ def check_arguments(args, device, out, more):
          f"--init {args.init}: lies in --out, where it would be overwritten: name another --out"),
         (args.resume or args.overwrite or not (out / "last.pt").exists(),
          f"{out} has a last.pt: --resume goes on from it, --overwrite starts anew, --out names another"),
+        (args.resume or args.overwrite or not (out / "best.pt").exists(),
+         f"{out} has a best.pt: --overwrite starts anew, --out names another"),
     ]:
         if not ok:
             raise BadInput(message)
@@ -1068,7 +1075,9 @@ def check_images(ids, names, list_file, args, saved, out):
         raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
                        "classes, other ones than here; give the --data that it had")
     if len(ids) < args.batch_size:
-        raise BadInput(f"{list_file}: {len(ids)} images are less than one batch: give --batch-size {len(ids)} or less")
+        most = len(ids) // rank_and_world()[1] * rank_and_world()[1]        # each process takes as many
+        raise BadInput(f"{len(ids)} images of {list_file} are less than one batch: give " + (
+            f"--batch-size {most} or less" if most >= 2 * rank_and_world()[1] else "more images"))
 
 
 def git_revision():
@@ -1187,7 +1196,7 @@ def evaluating(network):
     if dist.is_initialized():     # batch norm's running statistics differ by process; rank 0's are those that get saved
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
-        dist.barrier()            # process 0 may still be saving what comes next would overwrite
+        dist.barrier()            # process 0 may still be saving files that come next
     network.eval()
     try:
         yield

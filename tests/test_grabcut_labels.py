@@ -18,8 +18,8 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grabcut_labels
 from grabcut_labels import (COVERS_IMAGE, EMPTY, STAYS_WHOLE, TOO_SMALL, BadInput, box_mask, class_fill_rates,
-                            class_names, fill_rates, find_voc, grabcut, grabcut_mask, make_labels, read_boxes,
-                            read_label, read_list)
+                            class_names, fill_rates, find_image, find_voc, grabcut, grabcut_mask, make_labels,
+                            read_boxes, read_image, read_label, read_list)
 from toy_voc import CLASS_NAMES, make_toy_voc
 
 SCRIPT = Path(grabcut_labels.__file__)
@@ -476,7 +476,7 @@ def test_a_corrected_box_gets_new_labels(drawn, devkit):
 
 
 def test_a_corrected_box_that_b_does_not_show_gets_new_labels(devkit):
-    """Boxes of one class, one within the other or side by side: B is the same, but each has a GrabCut of its own."""
+    """Boxes that meet, one within the other or side by side: B may be the same, but each has a GrabCut of its own."""
     voc = find_voc(devkit)
     image_id = all_ids(voc)[0]
     annotation = voc / "Annotations" / f"{image_id}.xml"
@@ -498,8 +498,38 @@ def test_a_corrected_box_that_b_does_not_show_gets_new_labels(devkit):
     assert correct(thing(kinds[0], 11, 11, 30, 40), thing(kinds[0], 31, 11, 50, 40)) == 1   # two halves, which meet
     apart = [thing(kinds[0], 11, 11, 29, 40), thing(kinds[0], 31, 11, 50, 40)]
     assert correct(*apart) == 1 and correct(*apart) == 0
-    other = [thing(kinds[0], 11, 11, 29, 40), thing(kinds[1], 20, 11, 50, 40)]  # of two classes B shows each
-    assert correct(*other) == 1 and correct(*other) == 0
+    above = thing(kinds[1], 25, 5, 60, 45), thing(kinds[0], 11, 11, 40, 40)     # the larger one's edge is hidden
+    assert correct(*above) == 1 and correct(*above[::-1]) == 1
+
+
+def test_labels_of_others_stay(devkit, capsys):
+    """Masks without a source.json are not ours: what is missing is made, and nothing else is written."""
+    voc = find_voc(devkit)
+    one, other = all_ids(voc)[:2]
+    size = read_image(find_image(voc / "JPEGImages", one)).shape[:2]
+    grabcut_labels.write_label(voc / "GrabCutMasks" / f"{one}.png", np.full(size, 3))
+    annotation = voc / "Annotations" / f"{one}.xml"
+    for kind in ("GrabCutMasks", "BoxMasks"):                                   # B missing; then B another's, too
+        make_labels(voc, [one, other])
+        assert "labels of unknown make" in capsys.readouterr().err
+        assert (read_label(voc / "GrabCutMasks" / f"{one}.png") == 3).all()
+        assert (voc / "GrabCutMasks" / f"{other}.png").exists()
+        (voc / "BoxMasks" / "source.json").unlink(missing_ok=True)
+        grabcut_labels.write_label(voc / "BoxMasks" / f"{one}.png", np.full(size, 4))
+        annotation.write_text("<annotation>" + thing(class_names(voc)[1], 1, 1, 9, 9) + "</annotation>")
+        os.utime(annotation, (time.time() + 60, time.time() + 60))
+    assert make_labels(voc, [one, other])["made"] == 0 and (read_label(voc / "BoxMasks" / f"{one}.png") == 4).all()
+
+
+def test_an_image_that_failed_is_not_on_the_sheet(devkit):
+    """Its labels may be there, of before its annotation was spoilt."""
+    voc = find_voc(devkit)
+    assert command_line("--data", devkit)[0] == 0
+    annotation = voc / "Annotations" / f"{all_ids(voc)[0]}.xml"
+    annotation.write_text("<annotation>" + thing("no such class", 1, 1, 9, 9) + "</annotation>")
+    os.utime(annotation, (time.time() + 60, time.time() + 60))
+    status, out, error = command_line("--data", devkit, "--show", 20)
+    assert status == 1 and "look at" in out and "1 of 10 images got no labels" in error and "Traceback" not in error
 
 
 def test_an_image_that_is_stopped_between_its_two_labels_is_made_anew(devkit, monkeypatch):
@@ -536,7 +566,7 @@ def test_a_run_stopped_in_the_middle_leaves_whole_files_and_goes_on(tmp_path, ho
     voc = find_voc(devkit)
     command = [sys.executable, SCRIPT, "--data", devkit, "--workers", "2"]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while run.poll() is None and len(list(voc.glob("GrabCutMasks/*.png"))) < 5:
+    while run.poll() is None and len(list(voc.glob("BoxMasks/*.png"))) < 5:
         time.sleep(0.01)
     run.send_signal(how)
     error = run.communicate()[1]
@@ -727,7 +757,9 @@ def test_detectors_that_cannot_be_made(monkeypatch, tmp_path):
                              ((voc_classes, "resnet18"), "resnet18: no COCO detector"),
                              ((voc_classes, "no_such_thing"), "no_such_thing: no COCO detector"),
                              ((["background", "unicorn"], name), "COCO name"),
-                             ((voc_classes, name, None, "cuda"), "no CUDA here")]:
+                             ((voc_classes, "FasterRCNN"), "FasterRCNN: no COCO detector"),
+                             ((voc_classes, name, None, "gpu"), "--device gpu: cannot be used here"),
+                             ((voc_classes, name, None, "cuda"), "--device cuda: cannot be used here")]:
         with pytest.raises(BadInput, match=words) as raised:
             grabcut_labels.make_detector(*arguments)
         assert "\n" not in str(raised.value)

@@ -649,6 +649,33 @@ def test_images_of_other_formats_keep_their_ending(tmp_path):
     assert {path.suffix for path in (voc / "JPEGImages").iterdir()} == {".png", ".JPEG", ".webp", ".bmp", ".tif"}
 
 
+def test_mixed_capitals_become_small(tmp_path):
+    """a.Jpg, which no other script would look for."""
+    for name in ("a.Jpg", "b.JPG", "c.jpg"):
+        image(tmp_path / "images" / name)
+    file = coco(tmp_path / "result.json", ["a.Jpg", "b.JPG", "c.jpg"], [(n, 1, [1, 1, 9, 9]) for n in (1, 2, 3)])
+    assert import_boxes(tmp_path / "d", tmp_path / "images", [file]) == []
+    voc = find_voc(tmp_path / "d")
+    assert sorted(path.name for path in (voc / "JPEGImages").iterdir()) == ["a.jpg", "b.JPG", "c.jpg"]
+    assert make_labels(voc, ["a", "b", "c"])["failures"] == []
+
+
+def test_a_projects_name_is_weaker_than_its_images_folders(tmp_path):
+    for name in ("train/a.jpg", "train/b.jpg", "val/c.jpg"):
+        image(tmp_path / "test" / "images" / name)
+    file = coco(tmp_path / "test" / "result.json", ["a.jpg", "b.jpg", "c.jpg"],
+                [(n, 1, [1, 1, 9, 9]) for n in (1, 2, 3)])
+    import_boxes(tmp_path / "d", tmp_path / "test" / "images", [file])
+    assert ids(tmp_path / "d", "train") == ["train_a", "train_b"] and ids(tmp_path / "d", "val") == ["val_c"]
+
+
+def test_each_folder_that_is_named_has_a_json(tmp_path, export):
+    (tmp_path / "other").mkdir()
+    text(tmp_path / "other" / "mine.json", "{}")
+    with pytest.raises(BadInput, match="--coco .*other: no _annotations.coco.json"):
+        import_boxes(tmp_path / "d", export, [export, tmp_path / "other"])
+
+
 # ---------------------------------------------------------------- a second run
 @pytest.fixture
 def export(tmp_path):
@@ -680,6 +707,28 @@ def test_a_second_run_adds_what_is_missing(tmp_path, export):
     lists = {path for path in before if path.name in ("train.txt", "import.json")}
     assert {path: after[path] for path in before if path not in lists} == {path: content for path, content in
                                                                            before.items() if path not in lists}
+
+
+def test_a_list_that_was_deleted_stays_away(tmp_path):
+    for name in "abc":
+        image(tmp_path / "images" / ("val" if name == "c" else "train") / f"{name}.jpg")
+    file = coco(tmp_path / "result.json", ["a.jpg", "b.jpg", "c.jpg"], [(n, 1, [1, 1, 9, 9]) for n in (1, 2, 3)])
+    for _ in range(3):
+        import_boxes(tmp_path / "d", tmp_path / "images", [file])
+        (tmp_path / "d/VOC2012/ImageSets/Segmentation/val.txt").unlink(missing_ok=True)
+    assert ids(tmp_path / "d", "train") == ["train_a", "train_b"]
+    import_boxes(tmp_path / "d", tmp_path / "images", [file])
+    assert ids(tmp_path / "d", "val") is None
+
+
+def test_a_folder_with_images_is_no_place_for_an_import(tmp_path, export):
+    """Whatever comes later would take d/JPEGImages, or images would have to be read and written in one folder."""
+    image(tmp_path / "d" / "JPEGImages" / "x.jpg")
+    with pytest.raises(BadInput, match="--data .*d: holds images that were there before"):
+        import_boxes(tmp_path / "d", export, [export])
+    image(tmp_path / "e" / "VOC2012" / "JPEGImages" / "a.jpg")
+    with pytest.raises(BadInput, match="--data .*e: holds images that were there before"):
+        import_boxes(tmp_path / "e", tmp_path / "e" / "VOC2012" / "JPEGImages", [export])
 
 
 def test_an_interrupted_run_is_completed(tmp_path, export, monkeypatch):

@@ -717,6 +717,13 @@ def test_candidates_of_coco(drawn, tmp_path):
     assert status == 0 and "made 2," in text and os.path.exists(tmp_path / "own" / "a.npz"), error
     background = read_candidates(tmp_path / "own" / "empty.npz", (40, 60), 3)       # no box, no candidates are made
     assert background["boxes"].shape == background["candidate_boxes"].shape == (0, 4)
+    later = time.time() + 60
+    os.utime(path, (later, later))                                                  # newer, but with the same boxes
+    assert "made 0, already there 2, failed 0" in command_line(*arguments)[1]
+    path.write_text(path.read_text().replace("0.4", "2.4", 1))                       # a box of b is corrected
+    os.utime(path, (later, later))
+    assert "made 1, already there 1, failed 0" in command_line(*arguments)[1]
+    assert read_candidates(out / "b.npz")["boxes"].tolist() == [[2, 2, 13, 7], [0, 4, 17, 40]]
     (images / "a.jpg").unlink()
     (out / "a.npz").unlink()
     status, text, error = command_line(*arguments)
