@@ -770,9 +770,9 @@ def test_crf_search_scores_each_parameter_set_as_evaluation_does(toy, checkpoint
     best = found[0]
     assert f"--crf --crf-w {best['w']:g} --crf-xy {best['xy']:g} --crf-rgb {best['rgb']:g} --crf-iterations 3\n" in out
     for one in found:
-        status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--crf", "--crf-w", one["w"],
-                               "--crf-xy", one["xy"], "--crf-rgb", one["rgb"], "--json", tmp_path / "b.json",
-                               "--workers", 0, "--crf-iterations", 3)
+        status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--crf", "--crf-w",
+                               one["w"], "--crf-xy", one["xy"], "--crf-rgb", one["rgb"], "--crf-iterations", 3,
+                               "--json", tmp_path / "b.json", "--workers", 0)
         assert status == 0, error
         assert json.loads((tmp_path / "b.json").read_text())["miou"] == pytest.approx(one["miou"], abs=1e-12)
 
