@@ -120,7 +120,7 @@ def image_id(text, where):
 
 def read_list(path):
     """An ImageSets list -> image ids in order: see image_id(). One a line, which may hold spaces."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise BadInput(f"no image list {path}: write one id a line (file names without .jpg)")
     lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     unflagged = {re.sub(r"\s+(-1|0|1)$", "", line) for line in lines}

@@ -305,6 +305,15 @@ def test_lists_that_are_refused(tmp_path, text, words):
     assert "\n" not in str(raised.value)
 
 
+def test_a_list_may_come_through_a_pipe():
+    """--list <(head -40 val.txt), as a shell has it."""
+    read, write = os.pipe()
+    os.write(write, b"a\nb\n")
+    os.close(write)
+    assert read_list(f"/dev/fd/{read}") == ["a", "b"]
+    os.close(read)
+
+
 @pytest.mark.parametrize("data", ["Möwe".encode("cp1252"), "a\nb".encode("utf-16-le"), "a".encode("utf-32"),
                                   b"\xff\xd8\xff"])
 def test_lists_in_other_encodings_are_refused(tmp_path, data):
