@@ -296,11 +296,11 @@ def check_classes(folder, names):
         raise BadInput(f"{folder}: made with other class_names ({' '.join(there)}): delete it and make it again")
 
 
-def keep_apart(outputs, inputs):
-    """Refuses files and folders to write to that are read from, or files to write in a folder that is read from."""
-    for out in filter(None, outputs):
+def keep_apart(folders, inputs, files=()):
+    """Refuses folders and files to write to that are read from, and files to write in a folder that is read from."""
+    for out in filter(None, [*folders, *files]):
         for source in filter(None, inputs):
-            for path in (out, out.parent) if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".json") else (out,):
+            for path in (out, out.parent) if out in files else (out,):
                 if path.exists() and source.exists() and path.samefile(source):
                     raise BadInput(f"{out}: writing there would overwrite what is read from {source}: name another")
 # ==== end of shared block
@@ -841,8 +841,9 @@ def evaluate(args):
         check_classes(folder, names)
     given = [args.labels, args.against, args.list, *args.trimap_add, args.checkpoint and Path(args.checkpoint)]
     kinds = [*DATA, f"ImageSets/Segmentation/{args.split or 'val'}.txt"]
-    keep_apart([args.save_png, args.pictures, args.attention, args.affinity, args.json, args.trimap_plot],
-               given + [base / kind for base in filter(None, (voc, args.pseudo_label_dir)) for kind in kinds])
+    keep_apart([args.save_png, args.pictures, args.attention, args.affinity],
+               given + [base / kind for base in filter(None, (voc, args.pseudo_label_dir)) for kind in kinds],
+               [args.json, args.trimap_plot])
 
     def read_labels(name):                                                          # truth and label PNG: (H, W) uint8
         truth = read_label(truth_path(voc, name, args.against), None, len(names))

@@ -283,11 +283,11 @@ def check_classes(folder, names):
         raise BadInput(f"{folder}: made with other class_names ({' '.join(there)}): delete it and make it again")
 
 
-def keep_apart(outputs, inputs):
-    """Refuses files and folders to write to that are read from, or files to write in a folder that is read from."""
-    for out in filter(None, outputs):
+def keep_apart(folders, inputs, files=()):
+    """Refuses folders and files to write to that are read from, and files to write in a folder that is read from."""
+    for out in filter(None, [*folders, *files]):
         for source in filter(None, inputs):
-            for path in (out, out.parent) if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".json") else (out,):
+            for path in (out, out.parent) if out in files else (out,):
                 if path.exists() and source.exists() and path.samefile(source):
                     raise BadInput(f"{out}: writing there would overwrite what is read from {source}: name another")
 # ==== end of shared block
@@ -593,10 +593,12 @@ def one_line(error):
 
 
 def say_notes(notes):
-    """{what: [ids of the images that have it]} -> a line each on stderr, with the first ids."""
+    """{what: [ids of the images that have it]}, as they were done -> the same in order, after a line each on stderr."""
+    notes = {what: sorted(ids) for what, ids in sorted(notes.items())}
     for what, ids in notes.items():
         more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
         print(f"{len(ids)} images have {what}: {', '.join(ids[:5])}{more}", file=sys.stderr)
+    return notes
 
 
 def a_few_ahead(ids, submit, ahead):
@@ -743,8 +745,7 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     finally:  # also on Ctrl-C: what is running is finished, what is waiting is dropped
         pool.shutdown(cancel_futures=True)
         cv2.setNumThreads(threads_before)
-    summary["notes"] = {what: sorted(found) for what, found in sorted(summary["notes"].items())}  # as done, until here
-    say_notes(summary["notes"])
+    summary["notes"] = say_notes(summary["notes"])
     summary["classes"], summary["fallbacks"] = dict(summary["classes"]), dict(summary["fallbacks"])
     summary["failures"].sort()
     return summary
@@ -1036,7 +1037,8 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
         # Roboflow's first category has the project's name and is the parent of all others: no class, if without boxes.
         classes.update({name: None for key, name in kinds.items()
                         if not no_class(name) and (key in used or (name, key) not in parents)})
-        bad, split = {}, split_of((file.absolute().parent.name, file.stem))
+        bad, project = {}, file.absolute().parent.name
+        split = split_of((project, file.stem))
         for image, category, thing in things:
             name = kinds.get(category)
             if image not in entries or name is None:
@@ -1063,9 +1065,8 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
             elif key in bad or boxes and max(max(corners) for _, *corners in boxes) <= 1:
                 failed[str(which[0])] = bad.get(key) or f"{file.name} has boxes from 0 to 1: expected pixels"
             else:
-                # "instances_val.json" says it first, then the image's own folders; a project may be called "test"
-                own = split_of((file.stem,)) or split_of(which[0].parts[:-1])
-                found.append((which[0], own or split, size, boxes))
+                # "instances_val.json" says it best, then the image's own folders; a project may be called "test"
+                found.append((which[0], split_of((project, *which[0].parts[:-1], file.stem)), size, boxes))
     notes["images left out that no JSON names"] += len(set(images) - named)
     if missing := set(wanted or ()) - set(classes):
         raise BadInput(f"no category is called {', '.join(sorted(missing))}, as --class-names has it; there are "
@@ -1500,7 +1501,7 @@ def main():
                                 arguments.class_names, arguments.crowds, arguments.workers)
     voc = find_voc(arguments.data)
     if arguments.fill_rates:
-        keep_apart([Path(f"{arguments.fill_rates}.{ending}") for ending in ("json", "png")], [voc / "JPEGImages"])
+        keep_apart([], [voc / "JPEGImages"], [Path(f"{arguments.fill_rates}.{ending}") for ending in ("json", "png")])
     lists = voc / "ImageSets" / "Segmentation"
     split = arguments.split or ("trainaug" if (lists / "trainaug.txt").exists() else "train")
     path = Path(arguments.list) if arguments.list else lists / f"{split}.txt"
@@ -1523,7 +1524,8 @@ def main():
     if summary["made"] and (without := [name for name in class_names(voc)[1:] if name not in summary["classes"]]):
         print(f"no box of {', '.join(without)}" + " among those made now" * bool(summary["skipped"]))
     made = [i for i in ids if all((folder / f"{i}.png").exists() for folder in folders)
-            and not any(failure.startswith(f"{i}: ") for failure in failures)]
+            and not any(failure.startswith(f"{i}: ") for failure in failures)
+            ] if arguments.fill_rates or arguments.show else []
     if arguments.fill_rates:
         table = fill_rate_table(folders, made, class_names(voc))
         with writing(f"{arguments.fill_rates}.json") as temporary:

@@ -289,11 +289,11 @@ def check_classes(folder, names):
         raise BadInput(f"{folder}: made with other class_names ({' '.join(there)}): delete it and make it again")
 
 
-def keep_apart(outputs, inputs):
-    """Refuses files and folders to write to that are read from, or files to write in a folder that is read from."""
-    for out in filter(None, outputs):
+def keep_apart(folders, inputs, files=()):
+    """Refuses folders and files to write to that are read from, and files to write in a folder that is read from."""
+    for out in filter(None, [*folders, *files]):
         for source in filter(None, inputs):
-            for path in (out, out.parent) if out.suffix.lower() in (".png", ".jpg", ".jpeg", ".json") else (out,):
+            for path in (out, out.parent) if out in files else (out,):
                 if path.exists() and source.exists() and path.samefile(source):
                     raise BadInput(f"{out}: writing there would overwrite what is read from {source}: name another")
 # ==== end of shared block
@@ -1273,16 +1273,20 @@ def make_coco_candidates(path, images, out, names=VOC_CLASSES, shard="1/1", meth
     return summary
 
 
+def boxes_of(annotation, names, size, where):
+    """An annotation, XML's path or COCO's (boxes, classes, size), of an image of size (H, W) -> boxes, classes."""
+    if isinstance(annotation, Path):
+        return read_boxes(annotation, names, size)
+    boxes, classes, said = annotation
+    check_size(said, size, f"the JSON's {where.name}")
+    return coco_boxes(boxes, size, where), classes
+
+
 def make_one(target, images, name, annotation, names, method, max_candidates):
     """One image, in a process of its own -> numbers of candidates and boxes, and what say_notes() is to say of it."""
     picture = find_image(images, name)
     image = read_image(picture)                                                                   # (H, W, 3) uint8
-    if isinstance(annotation, Path):
-        boxes, classes = read_boxes(annotation, names, image.shape[:2])
-    else:
-        boxes, classes, size = annotation
-        check_size(size, image.shape[:2], f"the JSON's {picture.name}")
-        boxes = coco_boxes(boxes, image.shape[:2], picture)
+    boxes, classes = boxes_of(annotation, names, image.shape[:2], picture)
     if len(boxes):
         superpixels, members = METHODS[method](image, max_candidates)
     else:                                               # nothing will choose among them
@@ -1347,10 +1351,12 @@ def one_line(error):
 
 
 def say_notes(notes):
-    """{what: [ids of the images that have it]} -> a line each on stderr, with the first ids."""
+    """{what: [ids of the images that have it]}, as they were done -> the same in order, after a line each on stderr."""
+    notes = {what: sorted(ids) for what, ids in sorted(notes.items())}
     for what, ids in notes.items():
         more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
         print(f"{len(ids)} images have {what}: {', '.join(ids[:5])}{more}", file=sys.stderr)
+    return notes
 
 
 def a_few_ahead(ids, submit, ahead):
@@ -1418,9 +1424,7 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
             return newer
         try:
             held = read_candidates(target)
-            size = held["superpixels"].shape
-            boxes, classes = read_boxes(annotation, names, size) if isinstance(annotation, Path) else (
-                coco_boxes(annotation[0], size, target), annotation[1])
+            boxes, classes = boxes_of(annotation, names, held["superpixels"].shape, target)
             return not (np.array_equal(held["boxes"], boxes) and np.array_equal(held["classes"], classes))
         except BadInput:  # make_one() says what is wrong
             return True
@@ -1458,8 +1462,7 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
         del os.environ["OMP_NUM_THREADS"]
         if threads_before is not None:
             os.environ["OMP_NUM_THREADS"] = threads_before
-    summary["notes"] = {what: sorted(found) for what, found in sorted(summary["notes"].items())}  # as done, until here
-    say_notes(summary["notes"])
+    summary["notes"] = say_notes(summary["notes"])
     summary["failures"].sort()
     return summary
 

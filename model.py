@@ -197,11 +197,15 @@ def to_pixels(logits, size):
     return F.interpolate(logits, size, mode="bilinear", align_corners=True)
 
 
-def resized(x, scale, network):
-    """Normalised images (N, 3, H, W) -> about `scale` times as large, the nearest sides of 32 k + 1 (VGG-16: 8 k + 1)
-    pixels, antialiased; at least k = 1."""
+def nearest_side(side, network):
+    """-> of 32 k + 1 pixels (VGG-16: 8 k + 1), k at least 1, those nearest to `side`."""
     step = getattr(network, "coarsest", 1)
-    size = [max(1, round((scale * side - 1) / step)) * step + 1 for side in x.shape[2:]]
+    return max(1, round((side - 1) / step)) * step + 1
+
+
+def resized(x, scale, network):
+    """Normalised images (N, 3, H, W) -> about `scale` times as large, see nearest_side(), antialiased."""
+    size = [nearest_side(scale * side, network) for side in x.shape[2:]]
     return x if size == list(x.shape[2:]) else F.interpolate(x, size, mode="bilinear", antialias=True)
 
 
@@ -991,10 +995,9 @@ def place_network(network, args, saved, names, device):
     if share < 4 and not args.sync_bn and isinstance(network, Box2SegNet):
         print_rank0(f"{share} images in a batch of each process: the pyramid's 1x1 map has {share} values a channel, "
                     "and batch norm leaves little of them (of 2: +1 and -1 whatever the images); give at least 4")
-    if (args.crop - 1) % network.coarsest:
-        fitting = round((args.crop - 1) / network.coarsest) * network.coarsest + 1
+    if args.crop != nearest_side(args.crop, network):
         print_rank0(f"--crop {args.crop}: the network's maps do not lie upon each other at their far ends; give "
-                    f"{fitting} ('Where a cell sits' in model.py)")
+                    f"{nearest_side(args.crop, network)} ('Where a cell sits' in model.py)")
     network.to(device, memory_format=torch.channels_last)
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if args.sync_bn else network
 
@@ -1075,9 +1078,10 @@ def check_images(ids, names, list_file, args, saved, out):
         raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
                        "classes, other ones than here; give the --data that it had")
     if len(ids) < args.batch_size:
-        most = len(ids) // rank_and_world()[1] * rank_and_world()[1]        # each process takes as many
+        world = rank_and_world()[1]
+        most = len(ids) // world * world                    # each process takes as many
         raise BadInput(f"{len(ids)} images of {list_file} are less than one batch: give " + (
-            f"--batch-size {most} or less" if most >= 2 * rank_and_world()[1] else "more images"))
+            f"--batch-size {most} or less" if most >= 2 * world else "more images"))
 
 
 def git_revision():

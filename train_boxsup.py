@@ -600,18 +600,17 @@ def write_rectangles(images, indices, names, keep):
 def made_from(images, updated, args, names):
     """Fingerprints of the candidates into which choices point, and of the GrabCut masks, by which --resume notices that
     either has been made anew."""
-    made, folder = {}, Path(args.grabcut or images.voc / "GrabCutMasks")
+    made, folder = {"boxes": 0}, Path(args.grabcut or images.voc / "GrabCutMasks")
     if updated:
         last = len(images.ids) - 1
         files = [images.files(index)[2] for index in (last, last - updated // 2, last - updated + 1)]
         made["candidates"] = zlib.crc32(b"".join(path.read_bytes() for path in files))
-        made["boxes"] = 0       # of all images: one that has other boxes now has had its candidates made anew
-        for index in range(last - updated + 1, last + 1):
+        for index in range(last - updated + 1, last + 1):   # an image with other boxes has had its candidates made anew
             try:
                 with np.load(images.files(index)[2]) as file:
                     made["boxes"] = zlib.crc32(file["boxes"].tobytes() + file["classes"].tobytes(), made["boxes"])
             except Exception:   # of broken bytes NumPy raises nearly anything; the label update will name the file
-                continue
+                pass
     if args.supervision == "grabcut" and (folder / "source.json").exists():
         check_classes(folder, names)
         made["grabcut"] = {key: value for key, value in read_source(folder).items() if key != "images"}
@@ -675,8 +674,8 @@ def main(argv):
     if updated < n:
         require_a_class(images.files(index)[1] for index in range(n - updated))
     made_of = made_from(images, updated, args, names)
-    had = saved and saved.get("made_of") or {}
-    if any(made_of.get(what) != value for what, value in had.items()):
+    # (Checkpoints of before there was a fingerprint of the boxes have none.)
+    if saved and {"boxes": made_of["boxes"]} | saved.get("made_of", made_of) != made_of:
         raise BadInput(f"{out / 'last.pt'}: the run had other candidates, boxes or GrabCut masks than these: give the "
                        "--candidates, --grabcut that it had, or start another --out")
     val_ids = validation_list(voc, args.val_split)
