@@ -743,7 +743,7 @@ def predict(model, image, scales=(1.0,), flip=False):
     # y gets from m = n / 16 back to n pixels: the logits, bilinearly, before the softmax.
     # DEPARTS: BoxSup averages the score maps of its three scales (Sect. 5.1). We average probabilities: a view with
     # large scores then does not outweigh the others. (On photographs the two differ by 0.1 mIoU: docs/results.md,
-    # "Tables".)
+    # "Three scales at test".)
     if len(scales) == 0 or not all(0 < s < math.inf for s in scales):
         raise ValueError(f"scales must be one or more numbers above 0, not {scales}")
     if not torch.is_tensor(image):
