@@ -90,7 +90,7 @@ def foreground_loss(logits, alpha, box_labels):
     # DEPARTS: Eq. 3 prints 1 / sum_i B(i, c) before the sum over c, where c is not bound. We divide each class by its
     # own box area, "to give similar weighting to each class" as its text says, sum over classes, mean over images. (On
     # photographs of 21 classes Box2Seg's gain at lambda_AW 0.3 came from objects' pixels counting more: alpha = M or
-    # one divisor for all gained as much, alpha = 1 nearly, while twice the epochs left 0.6 points of it, or 3.3 where M
+    # one divisor for all gained as much, alpha = 1 nearly, while twice the epochs left 0.6 points of it, or 3.0 where M
     # was noisier; that each class has its own divisor lifts small objects. docs/results.md, "Box2Seg, 21 classes".)
     if box_labels.shape != logits[:, 0].shape:  # (N, 1, h, w) would broadcast, and cross images
         raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit logits {tuple(logits.shape)}")
