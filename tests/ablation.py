@@ -22,6 +22,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -112,32 +113,39 @@ def read_run(folder):
 def without_some_objects(data, split, out, share=0.1):
     """Fig. 7: data whose training masks miss a tenth of the objects, a fixed random choice: what is labelled with the
     object's class inside its box, and in no other box of the class, becomes background. Validation masks stay whole."""
-    voc, made, rng = find_voc(data), out / "missing" / "VOC2012", np.random.default_rng(0)
     if (out / "missing" / "done").exists():
         return
+    voc, rng = find_voc(data), np.random.default_rng(0)
     names = class_names(voc)
-    (made / "SegmentationClass").mkdir(parents=True, exist_ok=True)
-    for folder in ("JPEGImages", "Annotations", "ImageSets"):
-        if not (made / folder).exists():
-            (made / folder).symlink_to((voc / folder).resolve())
-    if names != VOC_CLASSES:
-        shutil.copy(voc / "class_names.txt", made)
-    for path in sorted((voc / "SegmentationClass").glob("*.png")):
-        shutil.copyfile(path, made / "SegmentationClass" / path.name)
-    removed = total = 0
-    for image_id in training_list(voc, split)[0]:
-        labels = read_label(made / "SegmentationClass" / f"{image_id}.png")
-        boxes, classes = read_boxes(voc / "Annotations" / f"{image_id}.xml", names, labels.shape)
-        for k in np.flatnonzero(rng.random(len(boxes)) < share):
-            gone = np.zeros(labels.shape, bool)
-            for j in [k, *(j for j in range(len(boxes)) if j != k and classes[j] == classes[k])]:
-                x0, y0, x1, y1 = boxes[j]
-                gone[y0:y1, x0:x1] = j == k
-            labels[gone & (labels == classes[k])] = 0
-            removed += 1
-        total += len(boxes)
-        write_label(made / "SegmentationClass" / f"{image_id}.png", labels)
-    (out / "missing" / "done").write_text(f"{removed} of {total} objects removed\n")
+    with tempfile.TemporaryDirectory(dir=out) as folder:    # moved when it is whole: two commands may want it at once
+        under_way = Path(folder) / "missing"
+        made = under_way / "VOC2012"
+        (made / "SegmentationClass").mkdir(parents=True)
+        for part in ("JPEGImages", "Annotations", "ImageSets"):
+            (made / part).symlink_to((voc / part).resolve())
+        if names != VOC_CLASSES:
+            shutil.copy(voc / "class_names.txt", made)
+        for path in sorted((voc / "SegmentationClass").glob("*.png")):
+            shutil.copyfile(path, made / "SegmentationClass" / path.name)
+        removed = total = 0
+        for image_id in training_list(voc, split)[0]:
+            labels = read_label(made / "SegmentationClass" / f"{image_id}.png")
+            boxes, classes = read_boxes(voc / "Annotations" / f"{image_id}.xml", names, labels.shape)
+            for k in np.flatnonzero(rng.random(len(boxes)) < share):
+                gone = np.zeros(labels.shape, bool)
+                for j in [k, *(j for j in range(len(boxes)) if j != k and classes[j] == classes[k])]:
+                    x0, y0, x1, y1 = boxes[j]
+                    gone[y0:y1, x0:x1] = j == k
+                labels[gone & (labels == classes[k])] = 0
+                removed += 1
+            total += len(boxes)
+            write_label(made / "SegmentationClass" / f"{image_id}.png", labels)
+        (under_way / "done").write_text(f"{removed} of {total} objects removed\n")
+        try:
+            under_way.rename(out / "missing")
+        except OSError:
+            if not (out / "missing" / "done").exists():     # not because the other command was faster
+                raise
     print(f"{removed} of {total} objects removed from the masks of {out / 'missing'}")
 
 

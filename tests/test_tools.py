@@ -117,6 +117,23 @@ def test_objects_that_are_missing_from_masks(folder, tmp_path):
     assert (tmp_path / "missing" / "done").stat().st_mtime_ns == stamp
 
 
+def test_two_commands_that_make_objects_missing_at_once(folder, tmp_path, monkeypatch):
+    """The first to finish gives the data; the other leaves nothing behind. What is half made does not pass for made."""
+    data = folder / "VOCdevkit"
+
+    def meanwhile(*arguments):  # while this one is at work, the other command finishes
+        monkeypatch.undo()
+        ablation_script.without_some_objects(data, None, tmp_path)
+        return ablation_script.training_list(*arguments)
+
+    monkeypatch.setattr(ablation_script, "training_list", meanwhile)
+    ablation_script.without_some_objects(data, None, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["missing"]
+    (tmp_path / "missing" / "done").unlink()
+    with pytest.raises(OSError):
+        ablation_script.without_some_objects(data, None, tmp_path)
+
+
 def test_candidate_quality(folder):
     row = call("candidate_quality.py", "--data", "VOCdevkit", "--method", "box", folder=folder).splitlines()[-1]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
