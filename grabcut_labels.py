@@ -2,7 +2,7 @@
 Boxes to labels: the box masks B and the GrabCut masks M that Box2Seg trains on (Kulharia et al., ECCV 2020, Sect. 3.1).
 
     python grabcut_labels.py --data VOCdevkit                              labels for every image of trainaug (or train)
-    python grabcut_labels.py --data VOCdevkit --split val --fill-rates val   ... and how full the boxes are (Fig. 2)
+    python grabcut_labels.py --data VOCdevkit --fill-rates fill_rates         ... and how full the boxes are (Fig. 2)
     python grabcut_labels.py --data VOCdevkit --split val --boxes detector   boxes from a detector (GrabCut-NoTrain-Det)
     python grabcut_labels.py --coco instances.json --images DIR --data mydata       boxes of one's own, in COCO's form
     python grabcut_labels.py --yolo LABELS_DIR --images DIR --data mydata           ... in YOLO's: laid out as VOC's are
@@ -770,8 +770,9 @@ def make_detector(names, name="fasterrcnn_resnet50_fpn_v2", weights=None, device
 
     weights: a local state dict; None downloads torchvision's. COCO classes that `names` lacks are dropped.
     """
-    # PAPER SILENT: which of SNIPER's boxes count and what it was trained on; those of 0.5 or more here, from a detector
-    # of torchvision's trained on COCO, which needs no code beyond what is installed.
+    # DEPARTS: the paper's detector is SNIPER (Sect. 4.2). Ours is one of torchvision's, trained on COCO: it needs no
+    # code beyond what is installed.
+    # PAPER SILENT: which of the detector's boxes count and what it was trained on; those of 0.5 or more here.
     import torch  # here, so that labels from annotations need no torch
     from torchvision.models import detection, get_model_weights, list_models
     try:
@@ -823,9 +824,10 @@ def make_detector(names, name="fasterrcnn_resnet50_fpn_v2", weights=None, device
 def fill_rates(box_labels, mask_labels):
     """Eq. 7 for one image: {class index: eta_c}, eta_c = sum_i M(i, c) / sum_i B(i, c), for the classes c in B.
 
-    box_labels, mask_labels: (H, W) uint8. M(., c) counts inside B(., c) only, so 0 <= eta_c <= 1: see losses.fill_rate.
+    box_labels, mask_labels: (H, W) uint8. M(., c) counts inside B(., c) only, so 0 <= eta_c <= 1, pixels where
+    M is 255 not at all: see losses.fill_rate.
     """
-    box_area = np.bincount(box_labels.ravel(), minlength=256)
+    box_area = np.bincount(box_labels[mask_labels != 255], minlength=256)
     filled = np.bincount(box_labels[box_labels == mask_labels], minlength=256)
     return {int(c): float(filled[c] / box_area[c]) for c in np.flatnonzero(box_area) if c not in (0, 255)}
 
@@ -892,7 +894,8 @@ def draw_fill_rates(table):
 
 # ---------------------------------------------------------------- one image
 def show_mask(path, corners, out=None, **options):
-    """GrabCut on one box of a file -> path of an image (image | mask | object), filling rate, why the box stayed."""
+    """GrabCut on one box of a file -> path of an image (image | mask | object), filling rate, and why
+    there was a second attempt, or None."""
     image = read_image(path)
     box = x0, y0, x1, y1 = clip_box(corners, image.shape[:2], path)
     mask, why = grabcut(image, box, **options)

@@ -37,8 +37,8 @@ BoxSup's Eq. 1, what trains the network, is cross_entropy_loss; the costs only r
 What holds for every loss:
 - 255 means unlabelled (crop padding, VOC's object borders): such a pixel adds to no numerator and to no denominator
   and gets exactly zero gradient.
-- A class, image or batch with nothing to sum adds a finite 0 that still carries gradient (distributed training needs
-  every parameter to get one).
+- A class, an image or a whole batch without labelled pixels adds a finite 0 that still carries gradient (distributed
+  training needs every parameter to get one).
 - Computed in float32 for any input type; float64 stays float64. Call them outside autocast; inside it the values still
   hold.
 - No loop over pixels, classes or images, and no host-device synchronisation.
@@ -63,8 +63,8 @@ def cross_entropy_loss(logits, labels):
     logits (N, C, h, w), labels (N, h, w) in 0..C-1 or 255 -> scalar, the mean over the labelled pixels of the batch.
     """
     # DEPARTS: BoxSup's Eq. 1 prints a sum over pixels, whose gradient would grow with the crop. The mean, as Box2Seg's.
-    # PAPER SILENT: how images are reduced. Here one mean over all labelled pixels of the batch; Eq. 3 to 8, where each
-    # image has areas of its own, are means over images.
+    # PAPER SILENT: how images are reduced. Here one mean over all labelled pixels of the batch; L_fg, L_bg, L_alpha
+    # and L_A, where each image has areas of its own, are means over images.
     if labels.shape != logits[:, 0].shape:  # gather would quietly take a corner
         raise ValueError(f"labels {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)     # (N, C, h, w)
@@ -88,12 +88,15 @@ def foreground_loss(logits, alpha, box_labels):
     attention down.
     """
     # DEPARTS: Eq. 3 prints 1 / sum_i B(i, c) before the sum over c, where c is not bound. We divide each class by its
-    # own box area, "to give similar weighting to each class" as its text says, sum over classes, mean over images. (On
-    # photographs of 21 classes Box2Seg's gain at lambda_AW 0.3 came from objects' pixels counting more: alpha = M or
-    # one divisor for all gained as much, alpha = 1 nearly, while twice the epochs left 0.6 points of it, or 3.0 where M
-    # was noisier; that each class has its own divisor lifts small objects. docs/results.md, "Box2Seg, 21 classes".)
+    # own box area, "to give similar weighting to each class" as its text says, sum over classes, mean over images.
+    # (Measured on photographs of 21 classes, lambda_AW 0.3: Box2Seg's gain does not need learned attention. Alpha = M
+    # gains as much, alpha = 1 nearly as much, and so does one divisor for all classes; what gains is that objects'
+    # pixels count more. With twice the epochs 0.6 points of it remain, with noisier M 3.0. A divisor for each class
+    # helps small objects. docs/results.md, "Box2Seg, 21 classes".)
     if box_labels.shape != logits[:, 0].shape:  # (N, 1, h, w) would broadcast, and cross images
         raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit logits {tuple(logits.shape)}")
+    if alpha.shape != logits[:, 1:].shape:      # one map for all classes would broadcast, and Eq. 8 see class 1 alone
+        raise ValueError(f"alpha {tuple(alpha.shape)} does not fit logits {tuple(logits.shape)}: a map a class, 1..L")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)[:, 1:]
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
     B = box_labels[:, None] == classes                                                            # (N, L, h, w)
@@ -186,8 +189,8 @@ def fill_rate_loss(alpha, box_labels, mask_labels, gamma=0.7):
     # Eq. 3, whose gradient this one has to balance, and the mean over images.
     # PAPER SILENT: pixels of a box that M does not label (255, around the objects of true masks). They count in neither
     # rate, so that eta and eta' look at the same pixels. Eq. 3 has them, and nothing holds attention up there.
-    box_labels = torch.where(mask_labels == 255, 255, box_labels)
     eta = fill_rate(mask_labels, box_labels, alpha.shape[1] + 1)                                  # (N, L)
+    box_labels = torch.where(mask_labels == 255, 255, box_labels)
     return (gamma * eta - attention_fill_rate(alpha, box_labels)).clamp(min=0).sum(1).mean()
 
 
@@ -202,7 +205,8 @@ def affinity(a, b):
 
     a (..., P, d), b (..., Q, d) -> (..., P, Q) in [-1, 1].
     """
-    a, b = (F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=1e-6) for x in (a, b))
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    a, b = (F.normalize(x.to(dtype), dim=-1, eps=1e-6) for x in (a, b))
     with torch.autocast(a.device.type, enabled=False):  # autocast would round the products to 16 bits
         return a @ b.transpose(-2, -1)
 
@@ -240,9 +244,13 @@ def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
         sum_ij w_i w_j (e_i.e_j - y_i.y_j)^2  =  ||E W E^T||_F^2  -  2 ||E W Y^T||_F^2  +  ||Y W Y^T||_F^2
 
     of d x d, d x C and C x C. It is the same number, in memory linear in m, and any number of pixels may be sampled.
+    (In float32 up to 2e-6, so that the loss of perfect embeddings may come out as -0.000002.)
     """
     # DEPARTS: Eq. 10 prints a sum over all pairs, whose size would depend on how many pixels are sampled; with lambda_A
     # = 1 beside terms that are means, we take the mean. And a pixel is not paired with itself, where A = 1 always.
+    if not embeddings[:, 0].shape == targets[:, 0].shape == labels.shape:
+        raise ValueError(f"embeddings {tuple(embeddings.shape)}, targets {tuple(targets.shape)} and labels "
+                         f"{tuple(labels.shape)} do not fit each other")
     dtype = torch.promote_types(embeddings.dtype, torch.float32)
     labels = labels.flatten(1).long()                                                             # (N, m)
     if torch.is_tensor(num_samples):
@@ -278,9 +286,10 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
     """Box2Seg Eq. 11: L = L_GC + lambda_AW L_AW + lambda_alpha L_alpha + lambda_A L_A.
 
     logits (N, L+1, h, w); alpha (N, L, h, w) in [0, 1], or None if lambda_aw = 0; embeddings (N, d, h, w), or None if
-    lambda_a = 0; box_labels, mask_labels (N, h, w); regularizer "fr" (L_alpha^fr) or "box" (L_alpha^bbox, Eq. 6). A
-    weight of 0 leaves its term out, which makes the rows of Table 3. fill_labels (N, h, w): labels for the filling
-    rates of L_alpha^fr, where they are not mask_labels (Table 4: GrabCut's beside true masks).
+    lambda_a = 0; box_labels, mask_labels (N, h, w); regularizer "fr" (L_alpha^fr) or "box" (L_alpha^bbox, Eq. 6).
+    lambda_aw = 0 leaves out L_AW and L_alpha, lambda_a = 0 leaves out L_A, which makes the rows of Table 3.
+    fill_labels (N, h, w): labels for the filling rates of L_alpha^fr, where they are not mask_labels (Table 4:
+    GrabCut's beside true masks).
     -> (scalar, {"L_GC": ..., "L_AW": ..., "L_alpha": ..., "L_A": ...}), the terms unweighted and detached.
     """
     # DEPARTS: Sect. 4.1 prints the weights 10, 1, 1; ours are 1, 5, 1. Where attention fills less than gamma eta, its
@@ -304,8 +313,8 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
         # disagreements between them and estimated segmentation output" (Sect. 1: only they move), yet "the entire
         # network" is trained "end-to-end to optimize the loss function in Eqn. 11" (Sect. 4.1: both move). Both by
         # default; with detach_targets, L_A reaches y only through the features that the branches share.
-        # PAPER SILENT: by which labels pixels are sampled "equally from each class" in stage 2. By M, which stands
-        # still; the largest y would start without most of the classes.
+        # PAPER SILENT: by which labels pixels are sampled "equally from each class" in stage 2. By M, which is
+        # fixed; of the network's own labels most classes are missing at first.
         y = F.softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
         y = y.detach() if detach_targets else y
         terms["L_A"] = affinity_loss(embeddings, y, mask_labels, num_samples, generator)
@@ -318,19 +327,21 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
 # ---------------------------------------------------------------------------------------------------------------------
 
 def filling_rate_loss(logits, box_labels, rates):
-    """Song et al. (CVPR 2019), as Box2Seg's Sect. 2 tells it: in the box of class c only the rates[c] most confident
-    pixels are trained on; the rest, "the 40% pixels with the lowest confidences" for a rate of 0.6, are ignored.
+    """Song et al. (CVPR 2019), as Box2Seg's Sect. 2 tells it: in the boxes of class c only the most confident
+    pixels are trained on, a share rates[c - 1] of them; the rest, "the 40% pixels with the lowest confidences in each
+    bounding box" for a rate of 0.6, are ignored.
 
     logits (N, L+1, h, w), box_labels (N, h, w), rates (L,) per class or (N, L) per image, in [0, 1] -> scalar, the mean
     cross-entropy over the pixels kept and those outside all boxes. The number kept is rates * area, rounded.
     """
-    # PAPER SILENT: two boxes of one class in an image. B does not tell them apart, so their pixels are ranked together.
+    # DEPARTS: the pixels are ranked "in each bounding box" (Sect. 2). B does not tell two boxes of one class apart, so
+    # theirs are ranked together.
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1)
     B = box_labels.flatten(1)[:, None] == classes                                                 # (N, L, m)
     confidence = torch.where(B, log_y[:, 1:].flatten(2).detach(), -torch.inf)
     rank = confidence.argsort(dim=2, descending=True, stable=True).argsort(2)    # 0 for class c's most confident pixel
-    keep = (B & (rank < (rates * B.sum(2)).round()[:, :, None])).any(1) | (box_labels.flatten(1) == 0)
+    keep = (B & (rank < (rates.float() * B.sum(2)).round()[:, :, None])).any(1) | (box_labels.flatten(1) == 0)
     return cross_entropy_loss(logits, torch.where(keep.view(box_labels.shape), box_labels, 255))
 
 

@@ -183,8 +183,8 @@ def upsample(x, like, align_corners=True):
 # it. If the image is 32 k + 1 pixels wide (DeepLab's 321, for one), the last cell of every map lies on the last pixel,
 # and all maps, logits and labels lie exactly upon each other: cell 0 on pixel 0, the last on the last. So crops are of
 # 32 k + 1 pixels, whole images are brought to the nearest such size, upsampling aligns the corners. (Maps stretched
-# over the image instead, align_corners=False, lie up to half a cell of 32 pixels off, another way in an image of
-# 32 k + 1 pixels than in one of 32 k. Networks trained so lost 2 points of mIoU at test by it; docs/results.md.)
+# over the image instead, align_corners=False, are shifted by up to half a cell of 32 pixels, and not alike in images of
+# 32 k + 1 and of 32 k pixels. Networks trained so lost 2 points of mIoU at test by it; docs/results.md.)
 
 def to_cells(labels, network):
     """Label maps (N, H, W) -> (N, h, w): each cell takes the label of its pixel, so that no label is blended."""
@@ -198,7 +198,7 @@ def to_pixels(logits, size):
 
 
 def nearest_side(side, network):
-    """-> of 32 k + 1 pixels (VGG-16: 8 k + 1), k at least 1, those nearest to `side`."""
+    """-> the number nearest to `side` of the form 32 k + 1 (VGG-16: 8 k + 1), k at least 1."""
     step = getattr(network, "coarsest", 1)
     return max(1, round((side - 1) / step)) * step + 1
 
@@ -267,7 +267,8 @@ class EfficientNetLite0(nn.Module):
 
     def forward(self, x):
         # The weights were trained on (RGB - 127) / 128, and normalize() gave (RGB - mean) / deviation. (So the
-        # classifier puts 66 % of 150 images of one kind of animal into that animal's ImageNet classes, else 60 %.)
+        # classifier puts 66 % of 150 images of one kind of animal into that animal's ImageNet classes; without this
+        # step, 60 %.)
         x = x.clone()                                                            # keeps channels_last
         for c in range(3):
             x[:, c].mul_(255 * STD[c] / 128).add_((255 * MEAN[c] - 127) / 128)

@@ -7,7 +7,8 @@
     torchrun --nproc-per-node 4 train_box2seg.py --data VOCdevkit --sync-bn    # four GPUs, the same total batch
     python train_box2seg.py --resume --out runs/box2seg                        # go on where it stopped, bit for bit
 
-Reads    VOC2012/{JPEGImages,Annotations,ImageSets/Segmentation}, and SegmentationClass to validate on.
+Reads    VOC2012/{JPEGImages,Annotations,ImageSets/Segmentation}, and SegmentationClass or SegmentationClassAug to
+         validate on, and to train on with --loss mask, mask-aw, mask-aw-gc.
 Writes   VOC2012/{BoxMasks,GrabCutMasks} where missing (stage 0), and in --out:
          last.pt, best.pt   checkpoints, as evaluate.py reads them; report last.pt: best.pt is chosen on --val-split
          log.jsonl          first line the arguments, git revision, versions, device, seed; then a record every
@@ -121,11 +122,11 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
         for group in optimizer.param_groups:
             group["lr"] = lr * group["factor"]
 
-        # PAPER SILENT: how B and M get to m = n / 16. Each cell takes the label of its pixel, so that no label is
-        # blended with another; fill rates (Eq. 7) are those of the crop, on this grid.
         with autocast:
             # (N, L+1, h, w), (N, L, h, w), (N, d, h, w); the first two None in stage 1
             logits, attention, beta = model(normalize(image), embedding_only=stage == 1)
+        # PAPER SILENT: how B and M get to m = n / 16. Each cell takes the label of its pixel, so that no label is
+        # blended with another; fill rates (Eq. 7) are those of the crop, on this grid.
         B, M, fill = (to_cells(labels, network) for labels in (B, M, fill))     # (N, h, w)
         one_hot = (M[:, None] == torch.arange(num_classes, device=device).view(1, -1, 1, 1)).float()
         num_samples = None
@@ -175,7 +176,7 @@ def dead_attention(means):
 
 class Crops(torch.utils.data.Dataset):
     """(epoch, index) -> image (crop, crop, 3), B, labels for the cross-entropy, and those whose filling rates attention
-    is held to (crop, crop), all uint8.
+    is held to (crop, crop), all uint8. Rows that need no B have one kind of labels (ROWS), and get it three times.
 
     A view depends on (seed, stage, epoch, index) alone, not on which worker makes it or what was made before: that is
     what makes a run repeatable with any number of workers, and resumable in the middle of an epoch.
@@ -206,7 +207,8 @@ class Crops(torch.utils.data.Dataset):
         maps = [read_label(path, image.shape[:2], self.num_classes) for path in label_files]
         rng = np.random.default_rng((self.seed, epoch, index, self.stage))
         image, maps = random_crop(image, maps, rng, *self.view)
-        return image, maps[0], maps[-1], maps[:2][-1]  # of kinds there may be one, two or three
+        fill = maps[1] if len(maps) > 1 else maps[0]    # kinds: M; B and M; or B, M for the rates, and true masks
+        return image, maps[0], maps[-1], fill
 
 
 # ==== shared block "lists and truth": equal to the byte in train_box2seg.py and train_boxsup.py

@@ -772,6 +772,8 @@ def test_fill_rates_by_hand():
     mask_labels = np.array([[1, 0, 0], [1, 0, 0], [1, 0, 0]], np.uint8)
     assert fill_rates(box_labels, mask_labels) == {1: 0.5, 2: 0.0}
     assert fill_rates(np.zeros((2, 2), np.uint8), np.zeros((2, 2), np.uint8)) == {}
+    mask_labels[0, 1] = 255         # as around the objects of true masks: in neither area
+    assert fill_rates(box_labels, mask_labels) == {1: 2 / 3, 2: 0.0}
 
 
 def naive_rates(box_labels, mask_labels):

@@ -556,6 +556,14 @@ def test_filling_rates_per_image():
     assert torch.allclose(call("filling_rate_loss", x), torch.tensor(total / count, dtype=torch.float64), atol=1e-12)
 
 
+def test_filling_rates_in_half_precision():
+    """rates * area is no half-precision number: 0.75 of 90,000 pixels is above float16's largest, 65,504."""
+    logits, labels = torch.randn(1, 2, 300, 300, generator=seeded(0)), torch.ones(1, 300, 300, dtype=torch.int64)
+    loss = losses.filling_rate_loss(logits, labels, torch.tensor([0.75]))
+    for half in (torch.float16, torch.bfloat16):
+        assert torch.equal(losses.filling_rate_loss(logits, labels, torch.tensor([0.75], dtype=half)), loss)
+
+
 def test_filling_rate_ends():
     """All pixels kept is Eq. 1; none kept leaves the background."""
     x = scene()
@@ -707,6 +715,12 @@ def test_dtypes(name):
     integer = {"pair_samples": torch.int64, "fill_rate": torch.float32}.get(name)
     assert call(name, scene(dtype=torch.float64)).dtype == (integer or torch.float64)
     assert call(name, scene(dtype=torch.float32)).dtype == (integer or torch.float32)
+
+
+def test_affinity_of_two_dtypes():
+    a, b = torch.randn(3, 5, generator=seeded(0)).half(), torch.randn(4, 5, generator=seeded(1))
+    assert torch.equal(losses.affinity(a, b), losses.affinity(a.float(), b))
+    assert losses.affinity(a, b.double()).dtype == torch.float64
 
 
 @each_function
@@ -1015,12 +1029,14 @@ def test_affinity_loss_does_not_see_scale():
 
 
 def test_affinity_loss_is_zero_at_its_optimum():
-    """Embeddings of one class parallel, of different classes orthogonal, targets one-hot: 0, and no negative zero-ish
-    remainder that a log would show; the squares are multiplied out, so float32 leaves 1e-6 at most."""
+    """Embeddings of one class parallel, of different classes orthogonal, targets one-hot: 0. The squares are multiplied
+    out, so float32 leaves some 1e-6 on either side of 0 where the directions are not the axes."""
     labels = torch.randint(4, (2, 64, 64), generator=seeded(0))
     y = one_hot(labels, 4).float()
-    loss = losses.affinity_loss(3 * y, y, labels, 256, seeded(0))
-    assert loss.abs() < 1e-6
+    assert losses.affinity_loss(3 * y, y, labels, 256, seeded(0)).abs() < 1e-6
+    turned = torch.linalg.qr(torch.randn(64, 64, generator=seeded(1)))[0][:, :4]                  # (64, 4), orthonormal
+    beta = torch.einsum("dc,nchw->ndhw", turned, y)
+    assert losses.affinity_loss(beta, y, labels, 256, seeded(0)).abs() < 3e-6
 
 
 @pytest.mark.parametrize("noise", [1.0, 0.1])
@@ -1424,6 +1440,30 @@ def test_masks_of_another_shape_are_refused(wrong):
     for mask_labels, box_labels in ((wrong(labels), labels), (labels, wrong(labels)), (labels[:, None],) * 2):
         with pytest.raises(ValueError, match="expected .N, h, w. twice"):
             losses.fill_rate(mask_labels, box_labels, 4)
+        with pytest.raises(ValueError, match="expected .N, h, w. twice"):
+            losses.fill_rate_loss(torch.rand(4, 3, 8, 9), box_labels, mask_labels)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x[:, :1], lambda x: x[:1], lambda x: x[..., :-1]],
+                         ids=["one map for all classes", "one image", "another size"])
+def test_attention_of_another_shape_is_refused(wrong):
+    """One map for all classes would broadcast in Eq. 3, and Eq. 8 would hold up class 1's share of it alone."""
+    logits, alpha, labels = torch.randn(4, 4, 8, 9), torch.rand(4, 3, 8, 9), torch.randint(0, 4, (4, 8, 9))
+    for loss, more in ((losses.foreground_loss, ()), (losses.box2seg_loss, (labels,))):
+        arguments = [logits, wrong(alpha), labels] if not more else [logits, wrong(alpha), None, labels, labels]
+        with pytest.raises(ValueError, match="alpha .* does not fit logits"):
+            loss(*arguments, **({"lambda_a": 0} if more else {}))
+
+
+@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("wrong", [lambda x: x[:1], lambda x: x.transpose(-1, -2), lambda x: x[..., :-1]],
+                         ids=["one image", "transposed", "another size"])
+def test_affinity_of_another_shape_is_refused(which, wrong):
+    arguments = [torch.randn(4, 5, 8, 9), torch.rand(4, 3, 8, 9), torch.randint(0, 3, (4, 8, 9))]
+    assert losses.affinity_loss(*arguments, 6).isfinite()
+    arguments[which] = wrong(arguments[which])
+    with pytest.raises(ValueError, match="do not fit each other"):
+        losses.affinity_loss(*arguments, 6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
