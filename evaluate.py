@@ -483,8 +483,8 @@ WIDTHS = (2, 4, 8, 16, 24, 32, 40)
 def boundary_distance(truth):
     """(H, W) labels -> (H, W) float32, pixels to the nearest one of another label: 1 at a boundary, inf: no other."""
     # PAPER SILENT: where a boundary lies in BoxSup's trimap, since VOC's truth has a rim of 255 between object and
-    # background; 255 is a label like others here, so bands start on both sides of the rim, and where a mask has no rim,
-    # between the two classes; small bands that started in the middle of the rim would hold no scored pixel.
+    # background. Here 255 is a label like others, so that bands start on both sides of the rim; without a rim, between
+    # the two classes. Small bands that started in the middle of the rim would hold no scored pixel.
     distance = np.full(truth.shape, np.inf, np.float32)
     for c in np.unique(truth):
         here = truth == c
@@ -627,7 +627,7 @@ def widened(picture, width):
 def save_picture(path, image):
     """(H, W, 3) uint8 RGB -> PNG or JPEG, under a temporary name first."""
     with writing(path) as temporary:
-        Image.fromarray(image).save(temporary, "PNG" if path.suffix == ".png" else "JPEG", quality=95)
+        Image.fromarray(image).save(temporary, "PNG" if path.suffix.lower() == ".png" else "JPEG", quality=95)
 
 
 # Three kinds of strips. Each: image (H, W, 3); labels {"truth", "boxes", "GrabCut": (H, W), those at hand}; prediction
@@ -1025,10 +1025,10 @@ def main(argv):
         "the truth's place: all that both have, unless --split or --list says which; 255 in either is left out")
     add("--split", help="list in ImageSets/Segmentation to score (paper: val, the default)")
     add("--list", type=Path, metavar="FILE", help="score these ids instead, one a line")
-    add("--scales", type=float, nargs="+", metavar="S", help="mean of the predictions at these scales of the image, "
-        "and the first for figures (ours: --val-scale of the training, 1 unless with --recipe photos; paper, for "
+    add("--scales", type=float, nargs="+", metavar="S", help="mean of the predictions at these scales of the image; "
+        "figures use the first (ours: --val-scale of the training, 1 unless with --recipe photos; paper, for "
         "BoxSup+, Sect. 5.1: 0.8 1.0 1.2)")
-    add("--flip", action="store_true", help="and of those for the mirrored image (ours: off)")
+    add("--flip", action="store_true", help="average also over the mirrored image (ours: off)")
 
     add = parser.add_argument_group("dense CRF on the predictions (crf.py)").add_argument
     add("--crf", nargs="?", const="auto", choices=["auto", *PRESETS], metavar="PRESET", help="refine them (paper), "
@@ -1088,8 +1088,12 @@ def main(argv):
         parser.error("--images has no truth: of the outputs only --out goes with it, and of the lists --list")
     if args.split and args.list:
         parser.error("--split and --list both say which images: leave one out")
-    if not (args.crf or args.crf_search) and any((args.crf_w, args.crf_xy, args.crf_rgb)):
-        parser.error("--crf-w, --crf-xy and --crf-rgb go with --crf")
+    if not (args.crf or args.crf_search) and (any((args.crf_w, args.crf_xy, args.crf_rgb))
+                                              or (args.crf_iterations, args.crf_backend) != (ITERATIONS, "torch")):
+        parser.error("--crf-w, --crf-xy, --crf-rgb, --crf-iterations and --crf-backend go with --crf")
+    if args.crf_search and (args.save_png or args.pictures or args.attention or args.affinity
+                            or args.trimap is not None or args.trimap_plot):
+        parser.error("--crf-search prints a table of its own: of the other outputs only --json goes with it")
     if args.labels and (args.flip or args.scales):
         parser.error("--scales and --flip go with --checkpoint: label PNGs are scored as they are")
     if args.pixels and not args.affinity or (args.best or args.worst) and not (

@@ -26,7 +26,7 @@ BoxSup: Exploiting Bounding Boxes to Supervise Convolutional Networks (Dai et al
     S       members              (N, R)  0 or 1              candidate segments: which superpixels segment n consists of
             superpixels          (H, W)  0..R-1              the superpixel of each pixel
             candidate_boxes      (N, 4)  x0 y0 x1 y1         the tight boxes of the segments
-    l_S                                                      a segment's label: a class for the one that a box takes
+    l_S                                                      a segment's label: the class of the box that takes it, or 0
     X       softmax(logits)      (L+1, H, W)  [0, 1]         class probabilities; the functions take the logits
     E_o     overlap_cost()       (K, N)  [0, 1]              how badly segment n's box fits box k
     E_r     regression_cost()    (K, N)  0 and up            what the network would pay if box k took segment n
@@ -378,7 +378,7 @@ def regression_cost(logits, superpixels, members, boxes, classes):
     e(X(p), class k) - e(X(p), 0). The second part is a sum over superpixels, so that all boxes and segments together
     are one matrix product,
 
-        HW E_r(k, n) = sum_p e(X(p), 0)  +  sum_r members(n, r) D(k, r)
+        HW E_r(k, n) = sum_{p in B_k} e(X(p), 0)  +  sum_r members(n, r) D(k, r)
         D(k, r)      = sum_{p in B_k and superpixel r}  e(X(p), class k) - e(X(p), 0)
     """
     # DEPARTS: Eq. 3 prints a sum over all pixels of the image, beside Eq. 2, which is at most 1: with lambda = 3, Eq. 2
@@ -386,8 +386,8 @@ def regression_cost(logits, superpixels, members, boxes, classes):
     # covers outside the box is judged by Eq. 2 alone. So E_r hardly counts for small boxes. (The mean over the box's
     # pixels is larger by the image's area over the box's, 13 times for the median box of VOC's 2007 images: at lambda =
     # 3 a network that is not yet sure of its objects then chooses tiny segments, and its feedback makes the masks
-    # worse. Where lambda holds for recognized boxes only, it makes as good masks as this mean, at lambda = 1 or 3;
-    # those of small boxes are no better: docs/results.md, "Network feedback".)
+    # worse. Where lambda holds for recognized boxes only, the mean over the box and the mean over the image give
+    # equally good masks, of small boxes, too: docs/results.md, "Network feedback".)
     # PAPER SILENT: what Eq. 3 counts where boxes overlap, when each box chooses by itself. A pixel in several boxes is
     # the smallest one's, whose segment is painted last: 73.0 / 68.9 mIoU of the chosen masks in place of 72.2 / 68.5
     # where such pixels counted for none (docs/results.md, "Network feedback"). (Where the smallest box's segment leaves
@@ -445,8 +445,6 @@ def candidate_cost(logits, superpixels, members, candidate_boxes, boxes, classes
     # is left; divided by the N = 3,500 segments it would be nothing beside E_r. Left out.
     # DEPARTS: Sect. 4.3 samples from the segments "with the largest costs", after it has asked for the cost that "is
     # the smallest among all candidates". Eq. 4 is a minimum: we take the smallest.
-    # PAPER SILENT: what E_r is in the first label update ("our algorithm starts from the step of updating segment
-    # labels"), when the network's last layer is still random. That update goes by E_o alone.
     if logits is None:
         return overlap_cost(boxes, candidate_boxes)
     return overlap_cost(boxes, candidate_boxes) + weight * regression_cost(logits, superpixels, members, boxes, classes)

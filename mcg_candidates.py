@@ -18,15 +18,15 @@ Writes  VOC2012/Candidates-mcg/<id>.npz (-ss, -gop), 3,500 segments at most, bes
     candidate_boxes  (N, 4) int32   the segments' tight boxes: x0, y0, x1, y1, 0-based, half-open
     boxes, classes   (K, 4) int32, (K,) uint8   the annotation's, as in grabcut_labels.py
     <id>.png                       with --masks instead of <id>.npz: class index per pixel, as in SegmentationClass
-    source.json      {"images": where the images are, from that folder on; "class_names": [...]; "method": ...;
+    source.json      {"images": the images' folder, seen from this one; "class_names": [...]; "method": ...;
                      "boxes": "Annotations" or the JSON's name; "max_candidates": ...}: a run with others is refused
 
 A segment has no class yet: which one a box takes is the training's affair (train_boxsup.py, Eq. 2 to 4). The segments
 come from the pixels alone. No learned model is shipped: the published MCG reads contours from a structured forest and
 ranks by a random forest, and the published GOP learns its seeds, all trained on masks; here contours, ranks and seeds
-follow from the image by rule. What exists is kept: a second run makes only what is missing, so a run may be
-interrupted at any time. Delete the folder to make it anew. Expect 1.2 s (mcg), 1.1 s (ss), 0.3 s (gop) of one core
-and about 100 KB for an image of VOC's size.
+follow from the image by rule. What exists is kept, unless its boxes were corrected since: a second run makes only what
+is missing, so a run may be interrupted at any time. Delete the folder to make it anew. Expect 1.2 s (mcg), 1.1 s (ss),
+0.3 s (gop) of one core and about 100 KB for an image of VOC's size.
 """
 import argparse
 import contextlib
@@ -1101,12 +1101,13 @@ def read_coco(path, names, masks=False):
     as the JSON has it)}, ids are the file names' stems; and lines that say what was left out.
 
     names: class names, background first; a category takes part whose name, in COCO or in VOC, is one of them. An image
-    without anything of these classes is background, and has no box; but where a class has no category of its own, or
-    all of an image's boxes are left out, it may show what is labelled nowhere, and is left out. masks: not boxes but
-    COCO's outlines, as coco_mask() takes them, crowds among them as class 255. Raises BadInput.
+    without anything of these classes is background, and has no box. It is left out if all its boxes were, or if one of
+    the classes has no category in the JSON: what it shows may then be labelled nowhere. masks: not boxes but COCO's
+    outlines, as coco_mask() takes them, crowds among them as class 255. Raises BadInput.
     """
     # PAPER SILENT: what COCO's crowd regions count as; as boxes they are left out: one box around many objects, which
-    # no segment fits. As masks they are ignored (255): nobody has labelled their pixels one by one.
+    # no segment fits; what lies in no other box is then background. As masks they are ignored (255): nobody has
+    # labelled their pixels one by one.
     # PAPER SILENT: what COCO's images with none of the classes are trained on as. Table 1 counts all 123,287; as
     # background: COCO labels all of its 80 categories in every image, so these images contain none of ours.
     if not Path(path).is_file():
@@ -1524,8 +1525,8 @@ def parse_arguments():
         "Selective Search takes about 0.5 GB a million pixels")
     add("--method", choices=tuple(METHODS), default="mcg", help="Multiscale Combinatorial Grouping (default, paper), "
         "Selective Search or Geodesic Object Proposals (paper: Table 3)")
-    add("--max-candidates", type=int, metavar="N", help="at most so many an image, the best ranked (default: as in the "
-        "folder, or 3500, ours)")
+    add("--max-candidates", type=int, metavar="N", help="keep at most N candidates an image, the best ranked (default: "
+        "as in the folder, or 3500, ours)")
     coco = parser.add_argument_group("boxes from COCO (paper: Tables 1, 4, 5)")
     coco.add_argument("--coco", metavar="JSON", help="an instances_*.json, instead of --data; needs --images and --out")
     coco.add_argument("--images", metavar="DIR", help="the images that it names")

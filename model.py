@@ -770,9 +770,10 @@ def predict(model, image, scales=(1.0,), flip=False):
 
 # ---- around a network: what both trainings need besides their algorithm ---------------------------------------------
 #
-# Nothing below is in the papers. In the order in which a training needs them: arguments, processes and devices, mixed
-# precision, checkpoints, the log, random views and batches, a step of SGD, validation, and Progress, which hands out
-# the batches and does between two steps what has to be done.
+# Nothing below is in the papers, except the fine-tuning for which initialize() is there (BoxSup, Sect. 5.2). In the
+# order in which a training needs them: arguments, processes and devices, mixed precision, checkpoints, the log, random
+# views and batches, a step of SGD, validation, and Progress, which hands out the batches and does between two steps
+# what has to be done.
 
 class Interrupted(Exception):
     """Ctrl-C or a polite kill: the step was finished and saved. The message says where, "after step 5 of 9"."""

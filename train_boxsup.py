@@ -1,6 +1,6 @@
 """Train BoxSup (Dai, He, Sun, ICCV 2015) from bounding boxes, its baselines, and its semi-supervised rows.
 
-    python train_boxsup.py --data VOCdevkit                # Table 1: boxes only; 62.0 in the paper, all after the CRF
+    python train_boxsup.py --data VOCdevkit                # Table 1: boxes only; 62.0 in the paper, after the CRF
     python train_boxsup.py --data VOCdevkit --supervision rectangles           # a row of Table 2
     python train_boxsup.py --data VOCdevkit --method ss --out runs/ss          # a row of Table 3
     python train_boxsup.py --masks-list VOCdevkit/VOC2012/ImageSets/Segmentation/train.txt --out runs/semi    # Table 1
@@ -12,8 +12,8 @@ Reads    VOC2012/{JPEGImages,Annotations,ImageSets/Segmentation}, Candidates-mcg
          mcg_candidates.py), true masks to validate on, and for --supervision grabcut the GrabCutMasks of
          grabcut_labels.py.
 Writes   in --out:
-         masks/<id>.png     the masks that the network trains on now, made anew before each epoch; masks-1/, masks-2/
-                            those of the --extra sets
+         masks/<id>.png     the masks that the network trains on now, made anew before each epoch (rectangles: once);
+                            masks-1/, masks-2/ those of the --extra sets
          masks.png          some of them over the epochs, as in the paper's Fig. 3
          last.pt, best.pt   checkpoints, as evaluate.py reads them; report last.pt: best.pt is chosen on --val-split
          log.jsonl          first line the arguments, git revision, versions, device, seed; then a record for each label
@@ -22,7 +22,7 @@ Writes   in --out:
 The paper's algorithm (Fig. 1, Sect. 4.3) is **train()** below, in turn over the two sets of variables of Eq. 4:
     labels    network fixed: each box takes one of the k candidate segments of least cost E_o + lambda E_r, at random;
               the segment gets the class of the box, all else is background                **update_labels()**
-              (lambda is 0 while the network does not recognize the box: score_candidates())
+              (lambda is 0 for a box of which the network calls too little by its class: score_candidates())
     network   labels fixed: one epoch of cross-entropy by SGD
 "Our algorithm starts from the step of updating segment labels." The rest of this file says which images have which
 labels and what the rows of the tables set; what any training needs is in the last section of model.py.
@@ -32,7 +32,7 @@ import os
 import sys
 import time
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,8 @@ def train(network, images, boxed, choices, optimizer, autocast, scaler, args, pr
     for epoch in range(progress.step // progress.per_epoch, args.epochs):
         # ---- first step: theta fixed, update {l_S}
         if boxed and progress.step == epoch * progress.per_epoch:
+            # PAPER SILENT: what E_r is in the first label update ("our algorithm starts from the step of updating
+            # segment labels"), when the network's last layer is still random. That update goes by E_o alone.
             started, scorer = time.time(), network if epoch >= args.warm_up else None
             with evaluating(network):
                 new, sums, confusion = update_labels(scorer, images, boxed, choices, epoch, args, num_classes,
@@ -130,8 +132,8 @@ def update_labels(scorer, images, boxed, previous, epoch, args, num_classes, int
     selecting a single candidate segment for each ground-truth bounding box, such that its cost E_o + lambda E_r is the
     smallest among all candidates", or one of the k smallest at random; and writes the masks that result.
 
-    scorer: the network in eval mode, or None where E_o alone decides; boxed: the indices of the images; previous: what
-    the update before returned, or nothing; interrupted: a list that Ctrl-C fills.
+    scorer: the network in eval mode, or None where E_o alone decides; boxed: the indices of the images; previous:
+    {index: choices} of the update before, or nothing; interrupted: a list that Ctrl-C fills.
     -> choices {index: (K,) int32}, their sums for the report (see measure()), and the confusion matrix (C, C) of the
     estimated masks against the truth where it exists. Under torchrun each process updates its share, and gets all.
     """
@@ -159,7 +161,7 @@ def update_labels(scorer, images, boxed, previous, epoch, args, num_classes, int
 
     # Threads read files ahead of the network and write them behind it: with E_o alone, on 2 cores, 8 ms an image, where
     # a DataLoader, which hands whole images from process to process, took 23.
-    choices, sums = {}, np.zeros(6)
+    choices, sums = {}, Counter()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device="cpu")
     (rank, world), threads = rank_and_world(), max(1, args.workers)
     mine = boxed[rank::world]
@@ -168,7 +170,7 @@ def update_labels(scorer, images, boxed, previous, epoch, args, num_classes, int
         for index, choice, measured, table in tqdm(jobs, "labels", len(mine), leave=False, unit="image",
                                                    disable=True if rank else None):
             choices[index] = choice
-            sums += measured
+            sums.update(measured)
             confusion += table
     return gather(choices, sums, confusion)
 
@@ -207,7 +209,8 @@ def choose(cost, overlaps, top_k, rng):
 
     cost (K, N); overlaps (K, N) bool, the candidates whose tight box meets the box -> (K,) int32.
     """
-    # PAPER SILENT: a box that no candidate overlaps; it keeps its rectangle.
+    # PAPER SILENT: a box that no candidate overlaps; it keeps its rectangle. (Rarely a segment, though its tight box
+    # meets the box, has no pixel in it, and paints nothing: one of the five cheapest of 2 of 899 boxes of VOC's 2007.)
     cost = np.where(overlaps, cost, np.inf)
     choice = np.full(len(cost), -1, np.int32)
     for k, row in enumerate(cost):
@@ -227,8 +230,10 @@ def score_candidates(network, image, c, image_id, args):
     # PAPER SILENT: at which size the network sees an image here; its own, as at test (--val-scale).
     # DEPARTS: lambda = 3 is printed as a constant. Ours holds for a box of which the network itself calls 0.3 or more
     # by the box's class; for the others it is 0. A network takes what it does not recognize for background, and E_r is
-    # then smallest for the smallest segment: after four epochs of 382 photographs lambda = 3 for every box made masks
-    # of 53.2 mIoU, E_o alone 65.8, and lambda = 3 for the boxes recognized 68.9 (docs/results.md, "Network feedback").
+    # then smallest for the smallest segment. (What is thin or mostly hidden never fills 0.3 of its box, and stays with
+    # E_o: true masks fill less in 70 of 899 boxes of VOC's 2007.) After four epochs of 382 photographs lambda = 3 for
+    # every box made masks of 53.2 mIoU, E_o alone 65.8, and lambda = 3 for the boxes recognized 68.9 (docs/results.md,
+    # "Network feedback").
     device = next(network.parameters()).device
     with torch.inference_mode():
         logits = full_size_logits(network, torch.from_numpy(image), args.val_scale)               # (C, H, W), float32
@@ -243,13 +248,13 @@ def score_candidates(network, image, c, image_id, args):
 
 def measure(choice, cost, overlap, previous, top_k):
     """What the report adds up over the images: boxes with a segment, boxes without; the cost and the box IoU of the
-    segments; boxes whose choice changed; the box IoU that E_o alone would choose."""
+    segments; boxes whose choice changed; the mean box IoU of the segments among which E_o alone would draw."""
     assigned = np.flatnonzero(choice >= 0)
-    by_overlap = 1 - np.sort(overlap[assigned], 1)[:, :top_k]
-    return (len(assigned), len(choice) - len(assigned), cost[assigned, choice[assigned]].sum(),
-            (1 - overlap[assigned, choice[assigned]]).sum(),
-            len(choice) if previous is None else (choice != previous).sum(),
-            by_overlap.sum() / max(by_overlap.shape[1], 1))
+    chosen, best = choice[assigned], np.sort(overlap[assigned], 1)[:, :top_k]
+    return {"assigned": len(assigned), "rectangles": len(choice) - len(assigned),
+            "cost": float(cost[assigned, chosen].sum()), "box_iou": float((1 - overlap[assigned, chosen]).sum()),
+            "changed": len(choice) if previous is None else int((choice != previous).sum()),
+            "box_iou_alone": float(((1 - best).sum(1) / (best < 1).sum(1)).sum())}
 
 
 def confusion_with_truth(images, index, labels, num_classes):
@@ -278,8 +283,10 @@ def gather(choices, sums, confusion):
         return choices, sums, confusion
     shares = [None] * dist.get_world_size()
     dist.all_gather_object(shares, (choices, sums, confusion))
-    together = {index: choice for share in shares for index, choice in share[0].items()}
-    return dict(sorted(together.items())), sum(share[1] for share in shares), sum(share[2] for share in shares)
+    together, total = {index: choice for share in shares for index, choice in share[0].items()}, Counter()
+    for _, share, _ in shares:
+        total.update(share)
+    return dict(sorted(together.items())), total, sum(share[2] for share in shares)
 
 
 def repaint(images, boxed, choices, num_classes):
@@ -296,11 +303,10 @@ def repaint(images, boxed, choices, num_classes):
 
 def report_labels(images, boxed, epoch, scorer, sums, confusion, seconds, args, progress):
     """A line and a record of a label update, and Fig. 3."""
-    num_assigned, num_unassigned, cost, box_iou, changed, iou_overlap_only = sums.tolist()
-    report = {"boxes": int(num_assigned + num_unassigned), "rectangles": int(num_unassigned),
-              "cost": cost / max(num_assigned, 1), "box_iou": box_iou / max(num_assigned, 1),
-              "box_iou_alone": iou_overlap_only / max(num_assigned, 1),
-              "changed": changed / max(num_assigned + num_unassigned, 1)}
+    boxes, assigned = sums["assigned"] + sums["rectangles"], max(sums["assigned"], 1)
+    report = {"boxes": boxes, "rectangles": sums["rectangles"], "cost": sums["cost"] / assigned,
+              "box_iou": sums["box_iou"] / assigned, "box_iou_alone": sums["box_iou_alone"] / assigned,
+              "changed": sums["changed"] / max(boxes, 1)}
     if confusion.sum():
         report["mask_miou"] = losses.iou(confusion).nanmean().item()
     write_log(progress.out, {"step": progress.step + 1, "labels_of_epoch": epoch + 1, **report})
@@ -310,7 +316,8 @@ def report_labels(images, boxed, epoch, scorer, sums, confusion, seconds, args, 
                 f"{report['box_iou']:.4f}  changed {report['changed']:4.0%}" + (
                 f"  mIoU of masks {100 * report['mask_miou']:5.2f}" if "mask_miou" in report else "") +
                 f"  {len(boxed) / seconds:5.1f} img/s", flush=True)
-    if scorer is not None and box_iou < 0.95 * iou_overlap_only:    # E_o alone has 1, scraps 0.85 and less
+    # (The ratio is 1 where E_o alone chooses; where masks became scraps it was 0.85 and less.)
+    if scorer is not None and report["box_iou"] < 0.95 * report["box_iou_alone"]:
         print_rank0("the chosen segments no longer fit their boxes: the network does not know its objects well enough "
                     "to choose; start again with a larger --min-recognized or a longer --warm-up", flush=True)
 
@@ -322,6 +329,8 @@ def report_labels(images, boxed, epoch, scorer, sums, confusion, seconds, args, 
 def show_masks(images, first, out, epoch, count):
     """Fig. 3: keeps this epoch's masks of a few images in out/epochs, and draws out/masks.png: a row an image, the
     image and its estimated masks over the epochs kept so far."""
+    # PAPER SILENT: from when Fig. 3 counts: a mask there is "the supervision for the next epoch". Since the algorithm
+    # starts with the masks, epoch 1's here are those with which epoch 1 trains, chosen by E_o alone.
     height, rows = 160, []
     colours = np.minimum(voc_palette() * 1.1 + 40, 255)
     chosen = range(first, len(images.ids), max(1, (len(images.ids) - first) // count))[:count]
@@ -428,10 +437,13 @@ def read_pair(voc, num_classes, image_id):
 
 
 class Images:
-    """The training set: ids of several sources, and where the files of each lie. It holds the ids and nothing else.
+    """The training set: ids of several sources, and where the files of each lie. No image is held in memory.
 
-    A source is (folder of images, folder of candidates or None, folder of label maps or None: true masks).
+    A source is (folder of images, folder of candidates or None, folder of label maps or None: true masks). First come
+    images with masks, then those of the list that have boxes only, then other sets' that have boxes only.
     """
+    listed_boxes = updated = range(0)   # those of the list with boxes only; those that learn from candidates
+
     def __init__(self, voc):
         self.voc, self.sources, self.ids, self.source_of = voc, [], [], []
 
@@ -510,7 +522,7 @@ def parse_arguments(argv):
     add = parser.add_argument_group("masks.png").add_argument
     add("--show-epochs", type=int, nargs="*", default=[1, 5, 20], metavar="E", help="epochs whose masks are "
         "shown by masks.png, besides the last (paper, Fig. 3: 1 5 20)")
-    add("--show-images", type=int, default=6, metavar="N", help="of so many images (ours: %(default)s)")
+    add("--show-images", type=int, default=6, metavar="N", help="number of images in masks.png (ours: %(default)s)")
 
     return parse(parser, RECIPES, argv)
 
@@ -536,9 +548,7 @@ def check(args, device, out):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def training_images(voc, names, args, out):
-    """--supervision, --masks-list and --extra -> Images; how many of them, the last ones, get segments; the list's
-    file; the first that has boxes only, and counts: of the list with boxes, of other sets with masks, and with boxes.
-    """
+    """--supervision, --masks-list and --extra -> Images, and the list's file."""
     images = Images(voc)
     ids, list_file = training_list(voc, args.split)
     image_dir = voc / "JPEGImages"
@@ -572,17 +582,22 @@ def training_images(voc, names, args, out):
             images.add(extra, source["images"], None, folder)
         else:
             further.append((extra, source["images"], folder, out / f"masks-{number}"))
-    first = len(images.ids)                             # of those that have boxes only
+    first = len(images.ids)
 
     if boxed:
         candidates = Path(args.candidates or voc / f"Candidates-{args.method}")
         masks, grabcut = out / "masks", Path(args.grabcut or voc / "GrabCutMasks")
         images.add(boxed, image_dir, *{"rectangles": (None, masks), "candidates": (candidates, masks),
                                        "grabcut": (None, grabcut)}[args.supervision])
-    updated = (len(boxed) if args.supervision == "candidates" else 0) + sum(len(extra) for extra, *_ in further)
     for source in further:
         images.add(*source)
-    return images, updated, list_file, (first, len(boxed), first - len(masked), len(images.ids) - first - len(boxed))
+    last = first + len(boxed)
+    images.listed_boxes = range(first, last)
+    images.updated = range(first if args.supervision == "candidates" else last, len(images.ids))
+    print_rank0(f"{len(images.ids)} training images, {len(names) - 1} classes: {len(masked)} with masks, {len(boxed)} "
+                f"with boxes ({args.supervision}) of {list_file}; {first - len(masked)} with masks, "
+                f"{len(images.ids) - last} with boxes of other sets")
+    return images, list_file
 
 
 def write_rectangles(images, indices, names, keep):
@@ -597,20 +612,17 @@ def write_rectangles(images, indices, names, keep):
         write_label(label_file, paint(size, boxes, classes, [None] * len(boxes)))
 
 
-def made_from(images, updated, args, names):
-    """Fingerprints of the candidates into which choices point, and of the GrabCut masks, by which --resume notices that
-    either has been made anew."""
-    made, folder = {"boxes": 0}, Path(args.grabcut or images.voc / "GrabCutMasks")
-    if updated:
-        last = len(images.ids) - 1
-        files = [images.files(index)[2] for index in (last, last - updated // 2, last - updated + 1)]
-        made["candidates"] = zlib.crc32(b"".join(path.read_bytes() for path in files))
-        for index in range(last - updated + 1, last + 1):   # an image with other boxes has had its candidates made anew
-            try:
-                with np.load(images.files(index)[2]) as file:
-                    made["boxes"] = zlib.crc32(file["boxes"].tobytes() + file["classes"].tobytes(), made["boxes"])
-            except Exception:   # of broken bytes NumPy raises nearly anything; the label update will name the file
-                pass
+def made_from(images, args, names):
+    """What choices and labels depend on, by which --resume notices other candidates or GrabCut masks: a fingerprint of
+    all candidates' boxes, and what the GrabCut masks' source.json says."""
+    made, folder = {"proposals": 0}, Path(args.grabcut or images.voc / "GrabCutMasks")
+    for index in images.updated:
+        try:
+            with np.load(images.files(index)[2]) as file:
+                for name in ("boxes", "classes", "candidate_boxes"):
+                    made["proposals"] = zlib.crc32(file[name].tobytes(), made["proposals"])
+        except Exception:   # of broken bytes NumPy raises nearly anything; the label update will name the file
+            pass
     if args.supervision == "grabcut" and (folder / "source.json").exists():
         check_classes(folder, names)
         made["grabcut"] = {key: value for key, value in read_source(folder).items() if key != "images"}
@@ -624,9 +636,10 @@ def build_network(args, num_classes, weights, pretrained):
                       embedding=False)
 
 
-def make_labels(images, indices, names, list_file, args, out, saved):
-    """Makes what is missing of these images' candidates or rectangles; then the files of all images must exist."""
+def make_labels(images, names, list_file, args, out, saved):
+    """Makes what is missing of the list's candidates or rectangles; then the files of all images must exist."""
     if rank_and_world()[0] == 0:
+        indices = images.listed_boxes
         if args.supervision == "candidates" and indices:
             summary = mcg_candidates.make_candidates(
                 images.voc, images.ids[indices.start:indices.stop], out=args.candidates, method=args.method,
@@ -664,18 +677,15 @@ def main(argv):
     # ---- images and labels
     voc = open_data(args, saved)
     names = class_names(voc)
-    images, updated, list_file, (first, boxes, other_masks, other_boxes) = training_images(voc, names, args, out)
-    n = len(images.ids)
-    print_rank0(f"{n} training images, {len(names) - 1} classes: {first - other_masks} with masks, {boxes} with boxes "
-                f"({args.supervision}) of {list_file}; {other_masks} with masks, {other_boxes} with boxes of other "
-                "sets")
+    images, list_file = training_images(voc, names, args, out)
+    n, boxed = len(images.ids), images.updated
     check_images(images.ids, names, list_file, args, saved, out)
-    make_labels(images, range(first, first + boxes), names, list_file, args, out, saved)
-    if updated < n:
-        require_a_class(images.files(index)[1] for index in range(n - updated))
-    made_of = made_from(images, updated, args, names)
-    # (Checkpoints of before there was a fingerprint of the boxes have none.)
-    if saved and {"boxes": made_of["boxes"]} | saved.get("made_of", made_of) != made_of:
+    make_labels(images, names, list_file, args, out, saved)
+    if len(boxed) < n:
+        require_a_class(images.files(index)[1] for index in range(n) if index not in boxed)
+    made_of = made_from(images, args, names)
+    # (A checkpoint of before there was one of these fingerprints lacks it.)
+    if saved and any(saved.get("made_of", {}).get(key, value) != value for key, value in made_of.items()):
         raise BadInput(f"{out / 'last.pt'}: the run had other candidates, boxes or GrabCut masks than these: give the "
                        "--candidates, --grabcut that it had, or start another --out")
     val_ids = validation_list(voc, args.val_split)
@@ -689,7 +699,7 @@ def main(argv):
     optimizer = make_optimizer(network, args, args.head_lr)
 
     # ---- the algorithm, from its first step or from where the run stopped
-    boxed, choices, step, best = range(n - updated, n), {}, 0, 0.0
+    choices, step, best = {}, 0, 0.0
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])

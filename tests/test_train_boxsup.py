@@ -158,10 +158,10 @@ def update(toy, out, network, **options):
     names = train_boxsup.class_names(voc)
     args, _ = train_boxsup.parse_arguments(["--data", str(toy), *TINY])
     vars(args).update(options)
-    images, updated, _, _ = train_boxsup.training_images(voc, names, args, out)
+    images, _ = train_boxsup.training_images(voc, names, args, out)
     (out / "masks").mkdir(parents=True, exist_ok=True)
     choices, sums, confusion = train_boxsup.update_labels(
-        network, images, range(updated), {}, 0, args, len(names), [])
+        network, images, images.updated, {}, 0, args, len(names), [])
     return choices, sums, losses.iou(confusion).nanmean().item(), images
 
 
@@ -177,7 +177,8 @@ def test_before_the_first_epoch_the_tight_box_decides(toy, tmp_path):
         expected = paint(c["superpixels"].shape, c["boxes"], c["classes"],
                          [c["members"][n][c["superpixels"]] for n in choice])
         assert np.array_equal(read_label(images.files(index)[1]), expected)
-    assert sums[0] == boxes and sums[1] == 0 and sums[2] == pytest.approx(boxes - sums[3], rel=1e-5)
+    assert sums["assigned"] == boxes and sums["rectangles"] == 0
+    assert sums["cost"] == pytest.approx(boxes - sums["box_iou"], rel=1e-5)
 
 
 def test_a_network_that_knows_more_finds_better_masks(toy, tmp_path):
@@ -218,7 +219,18 @@ def test_a_box_that_no_candidate_meets_keeps_its_rectangle(toy, tmp_path, monkey
 
     monkeypatch.setattr(losses, "overlap_cost", first_meets_none)
     choices, sums, _, images = update(toy, tmp_path, None)
-    assert all(choice[0] == -1 and (choice[1:] >= 0).all() for choice in choices.values()) and sums[1] == len(choices)
+    assert all(choice[0] == -1 and (choice[1:] >= 0).all() for choice in choices.values())
+    assert sums["rectangles"] == len(choices)
+
+
+def test_what_the_report_adds_up_by_hand():
+    """Three boxes, six segments, of which the first box meets two and the last none. E_o alone would draw among the
+    two: 1 and 0.8; and among the second box's five best: 0.6 to 0.2."""
+    overlap = np.array([[0, .2, 1, 1, 1, 1], [.9, .4, .5, .6, .7, .8], [1, 1, 1, 1, 1, 1]])
+    sums = train_boxsup.measure(np.array([1, 2, -1]), overlap + 0.25, overlap, np.array([1, 3, -1]), 5)
+    assert sums == pytest.approx({"assigned": 2, "rectangles": 1, "cost": 0.7 + 0.5, "box_iou": 0.8 + 0.5, "changed": 1,
+                                  "box_iou_alone": 0.9 + 0.4})
+    assert train_boxsup.measure(np.array([-1]), overlap[:1, :0], overlap[:1, :0], None, 5)["changed"] == 1
 
 
 def test_the_report_on_masks_by_hand(toy, tmp_path):
@@ -428,7 +440,7 @@ def test_grabcut_masks_are_told_apart_beside_extra_boxes(toy, tmp_path):
         train_boxsup.main(["--resume", "--out", str(tmp_path / "out"), "--device", "cpu"])
 
 
-def test_a_box_more_is_told_on_resume(tmp_path):
+def test_a_box_more_or_a_segment_less_is_told_on_resume(tmp_path):
     """Its image's candidates are made anew, and the choices that were saved would be one too few."""
     data, out = draw(tmp_path, 9, 1), tmp_path / "out"
     source = data / "VOC2012" / "Candidates-mcg" / "source.json"
@@ -437,10 +449,17 @@ def test_a_box_more_is_told_on_resume(tmp_path):
     resume = ["--resume", "--out", str(out), "--device", "cpu"]
     assert train_boxsup.main(resume) == 0
     saved = torch.load(out / "last.pt", weights_only=True)
-    torch.save(saved | {"made_of": {"candidates": saved["made_of"]["candidates"]}}, out / "last.pt")
-    assert train_boxsup.main(resume) == 0                                       # of before there was a print of boxes
+    torch.save({key: value for key, value in saved.items() if key != "made_of"}, out / "last.pt")
+    assert train_boxsup.main(resume) == 0                                       # of before there was a fingerprint
     torch.save(saved, out / "last.pt")
-    annotation = data / "VOC2012" / "Annotations" / "toy_train_00001.xml"       # none of the three that are read whole
+    npz = data / "VOC2012" / "Candidates-mcg" / "toy_train_00001.npz"
+    before, candidates = npz.read_bytes(), dict(np.load(npz))
+    np.savez(npz, **candidates | {name: candidates[name][:-1] for name in ("members", "candidate_boxes")})
+    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes or GrabCut masks"):
+        train_boxsup.main(resume)                                               # one segment less, for the same boxes
+    npz.write_bytes(before)
+    assert train_boxsup.main(resume) == 0
+    annotation = data / "VOC2012" / "Annotations" / "toy_train_00001.xml"
     text = annotation.read_text()
     annotation.write_text(text.replace("</annotation>", text[text.index("<object>"):]))
     os.utime(annotation, (time.time() + 60, time.time() + 60))
