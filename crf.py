@@ -213,8 +213,9 @@ def mean_field(unary, weighted_kernels, iterations=ITERATIONS):
 def unary_energy(probabilities):
     """psi_u = -log p, (N, C) for (C, H, W)."""
     # PAPER SILENT: the energy of a probability of 0, which is infinite; probabilities are at least 1e-5 here, energies
-    # at most 11.5. Messages lower a label's energy by at most 1.2 (w + gaussian_w), 9; so such a label can win only
-    # where all others are nearly equal.
+    # at most 11.5. Messages lower a label's energy by at most about 1.3 w + 1.1 gaussian_w (measured on photographs),
+    # 8 to 9.3 with the presets: such a label can win only where all others are nearly equal. With the largest w that
+    # evaluate.py --crf-search tries, 7, it is 12.
     return -probabilities.clamp(min=1e-5).log().flatten(1).T.contiguous()
 
 
@@ -233,6 +234,16 @@ def pydensecrf(image, probabilities, w, xy, rgb, gaussian_w, gaussian_xy, iterat
     return torch.from_numpy(np.array(crf.inference(iterations))).view(C, H, W)
 
 
+def as_tensor(x):
+    if torch.is_tensor(x):
+        return x
+    x = np.array(x)
+    try:
+        return torch.from_numpy(x.astype(x.dtype.newbyteorder("=")))    # a .npy may have another machine's byte order
+    except TypeError:
+        raise BadInput(f"an array of {x.dtype}, a type that PyTorch lacks") from None
+
+
 @torch.no_grad()
 def dense_crf(image, probabilities, w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy=3, iterations=ITERATIONS,
               backend="torch"):
@@ -246,7 +257,7 @@ def dense_crf(image, probabilities, w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy
     backend         "torch", on the device of `probabilities`, or "pydensecrf", on one CPU core
     Raises ValueError, one line, on any other type, size or range, NaN included, and where pydensecrf is not installed.
     """
-    image, probabilities = (x if torch.is_tensor(x) else torch.from_numpy(np.array(x)) for x in (image, probabilities))
+    image, probabilities = as_tensor(image), as_tensor(probabilities)
     if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[2] != 3 or image.numel() == 0:
         raise BadInput(f"image must be (H, W, 3) uint8 RGB, not {tuple(image.shape)} {image.dtype}")
     if not probabilities.is_floating_point() or probabilities.dim() != 3 or len(probabilities) == 0:
@@ -345,6 +356,7 @@ def panel(image, labels, caption):
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
     bar = np.full((26, image.shape[1], 3), 255, np.uint8)
+    caption = caption.encode("utf-8", "replace").decode()   # OpenCV crashes on a file name that is no UTF-8
     cv2.putText(bar, caption, (2, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
     return cv2.copyMakeBorder(np.vstack([bar, image]), 0, 4, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
@@ -383,10 +395,10 @@ def main(argv):
         image, probabilities = read_inputs(args.image, args.probabilities)
         start = time.perf_counter()
         try:
-            before = torch.from_numpy(probabilities).to(args.device)
+            before = as_tensor(probabilities).to(args.device)
             after = dense_crf(image, before, **{**PRESETS[args.preset], **given}, iterations=args.iterations,
                               backend=args.backend).argmax(0).cpu().numpy()
-        except (BadInput, TypeError) as error:          # TypeError: a numpy type that torch lacks
+        except BadInput as error:
             raise BadInput(f"{args.image}, {args.probabilities}: {error}") from None
     except BadInput as error:
         print(f"crf.py: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ Writes: the table, to the terminal. If asked: --json FILE, {"miou": 0..1, "iou":
         the truth lacks}, "images": n, "classes_present": k, "pixel_accuracy": 0..1, "failed": [ids]};
         with --trimap also "trimap": {"widths": [pixels], "boundary", "interior": [mIoU 0..1, null: no pixel there],
         "interior_classes": [how many are left there], "share": [of the pixels, in the band, 0..1]};
+        with --crf-search instead a list of {"miou", "w", "xy", "rgb", ...}, best first;
         --trimap-plot FILE; --save-png DIR, a label PNG per id; --pictures DIR, --attention DIR, --affinity DIR,
         <id>.png strips and all of them in sheet.png;
         with --images, a label PNG per image and the image under its labels in overlay/, below --out
@@ -346,11 +347,6 @@ def most_probable(image, probabilities, crf=None):
     return probabilities.max(0).indices.byte().cpu().numpy()    # argmax(0) takes several times as long on a CPU
 
 
-def predict_labels(network, image, args):
-    """(H, W, 3) uint8 RGB -> (H, W) uint8."""
-    return most_probable(image, class_probabilities(network, image, args), args.crf)
-
-
 def crf_options(network, args):
     """--crf and its kin -> options of dense_crf(), or None."""
     if not (args.crf or args.crf_search):
@@ -363,6 +359,11 @@ def crf_options(network, args):
         preset = vgg16 if network.arch["network"] == "DeepLabVGG16" else "resnet101"
     given = {key: value for key, value in (("w", args.crf_w), ("xy", args.crf_xy), ("rgb", args.crf_rgb)) if value}
     return PRESETS[preset] | given | {"iterations": args.crf_iterations, "backend": args.crf_backend}
+
+
+def crf_workers(args):
+    """How many processes refine predictions: a CRF on the CPU uses one core, one on a GPU has the GPU to itself."""
+    return args.workers if args.crf and args.device.type == "cpu" else 0
 
 
 def one_core():
@@ -516,7 +517,11 @@ def read_trimap(path):
     """The trimap scores in a file that --json wrote."""
     try:
         trimap = json.loads(read_text(path))["trimap"]
-        return {key: trimap[key] for key in ("widths", "boundary", "interior")}
+        trimap = {key: trimap[key] for key in ("widths", "boundary", "interior")}
+        for w, *values in zip(*trimap.values(), strict=True):
+            if not (w > 0 and all(value is None or 0 <= value <= 1 for value in values)):
+                raise ValueError
+        return trimap
     except (BadInput, ValueError, KeyError, TypeError):
         raise BadInput(f"{path}: holds no trimap scores: write it with evaluate.py --trimap --json {path}") from None
 
@@ -569,8 +574,16 @@ def attention_overlay(image, alpha, truth, boxes):
     return picture.round().astype(np.uint8)
 
 
+def drawable(words):
+    return words.encode("utf-8", "replace").decode()    # OpenCV crashes on a file name that is no UTF-8
+
+
+def text_width(words):
+    return max(1, cv2.getTextSize(drawable(words), cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)[0][0])
+
+
 def write(picture, words, x, y, colour=INK, size=0.5):
-    cv2.putText(picture, words, (round(x), round(y)), cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
+    cv2.putText(picture, drawable(words), (round(x), round(y)), cv2.FONT_HERSHEY_SIMPLEX, size, colour, 1, cv2.LINE_AA)
 
 
 def captioned(image, caption):
@@ -579,8 +592,7 @@ def captioned(image, caption):
     shrinks = image.shape[0] > PANEL
     image = cv2.resize(image, (width, PANEL), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     bar = np.full((26, width, 3), PAPER, np.uint8)
-    (w, _), _ = cv2.getTextSize(caption, cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)
-    write(bar, caption, 2, 18, size=0.5 * min(1, (width - 4) / w))
+    write(bar, caption, 2, 18, size=0.5 * min(1, (width - 4) / text_width(caption)))
     return cv2.copyMakeBorder(np.vstack([bar, image]), 0, 4, 2, 2, cv2.BORDER_CONSTANT, value=PAPER)
 
 
@@ -593,7 +605,7 @@ def legend(present, names, width):
     """Swatches and names of the classes `present`, in as many rows as they need: (h, width, 3)."""
     rows, x = [], width
     for c in sorted(present):
-        (w, _), _ = cv2.getTextSize(names[c], cv2.FONT_HERSHEY_SIMPLEX, 0.5, 1)
+        w = text_width(names[c])
         if x + w + 40 > width:
             rows.append(np.full((26, width, 3), PAPER, np.uint8))
             x = 4
@@ -635,7 +647,8 @@ def save_picture(path, image):
 
 def comparison_strip(image, labels, prediction, network, names, args):
     """Box2Seg's Fig. 1, 6, 8: truth | B | M | prediction | attention."""
-    labels = {**labels, args.labels.name if args.labels else "prediction": prediction}
+    name = args.labels.resolve().name if args.labels else "prediction"
+    labels = {**labels, name + " (--labels)" * (name in labels): prediction}
     pictures = {caption: overlay(image, one) for caption, one in labels.items()}
     if getattr(network, "attention", None):
         alpha = attention_of(network, image, args)
@@ -677,7 +690,8 @@ def affinity_strip(image, labels, prediction, network, names, args):
         seen = resized(normalize(torch.from_numpy(image)[None].to(args.device)), args.scales[0], network)
         _, _, beta = network.branches(seen)                                                         # (1, d, h, w)
         h, w = beta.shape[2:]
-        marked = torch.stack([beta[0, :, round(y / H * (h - 1)), round(x / W * (w - 1))] for x, y in pixels])   # (2, d)
+        marked = torch.stack([beta[0, :, round(y / max(1, H - 1) * (h - 1)), round(x / max(1, W - 1) * (w - 1))]
+                              for x, y in pixels])                                                  # (2, d)
         A = affinity(marked, beta[0].flatten(1).T).view(1, 2, h, w)
         A = to_pixels(A, (H, W))[0].cpu().numpy()                                                   # (2, H, W)
 
@@ -710,7 +724,7 @@ def save_pictures(voc, per_image, predicted, network, names, args):
         for name in chosen:
             image = read_image(image_path(voc, name))
             prediction, size = predicted(name)[1], image.shape[:2]
-            against = args.against.name if args.against else "truth"
+            against = args.against.resolve().name if args.against else "truth"
             labels = {against: read_label(truth_path(voc, name, args.against), size, len(names))}
             for kind, caption in (("BoxMasks", "boxes"), ("GrabCutMasks", "GrabCut")):
                 path = (args.pseudo_label_dir or voc) / kind / f"{name}.png"
@@ -801,7 +815,7 @@ def identity(truth, prediction):
 
 
 def refine_labels(truth, image, probabilities, crf):
-    """-> truth, prediction: (H, W) uint8."""
+    """-> truth as it is, prediction: (H, W) uint8."""
     return truth, most_probable(image, probabilities, crf)
 
 
@@ -816,7 +830,11 @@ def evaluate(args):
             raise BadInput(f"{args.labels} and {args.against} have no PNG of one name: give folders of label PNGs")
     else:
         ids = read_list(args.list or voc / "ImageSets" / "Segmentation" / f"{args.split or 'val'}.txt")
-    others = {"/".join(path.parts[-2:]): read_trimap(path) for path in args.trimap_add}
+    curve = lambda path: "/".join(Path(path).parts[-2:])                            # its name in the plot
+    others = {curve(path): read_trimap(path) for path in args.trimap_add}
+    own = curve(args.json or args.checkpoint or args.labels)
+    if len({own, *others}) <= len(args.trimap_add):
+        raise BadInput("--trimap-add: two curves would have the same name, their file's and its folder's: rename one")
     network = None
     if args.checkpoint:
         network, trained = load_checkpoint(args)
@@ -859,7 +877,7 @@ def evaluate(args):
 
     read, prepare, work = ((read_labels, identity, identity) if network is None else
                            (read_image_and_truth, add_probabilities, functools.partial(refine_labels, crf=args.crf)))
-    workers = args.workers if args.crf and args.device.type == "cpu" else 0
+    workers = crf_workers(args)
     if args.crf_search:
         results = in_order(ids, read, prepare, functools.partial(try_crfs, grid=crf_grid(args)), workers)
         return crf_search(results, len(ids), args)
@@ -905,7 +923,7 @@ def evaluate(args):
         write_json(args.json, result)
     save_pictures(voc, per_image, lambda name: work(*prepare(*read(name))), network, names, args)
     if args.trimap_plot:
-        runs = {"/".join(Path(args.json or args.checkpoint or args.labels).parts[-2:]): result["trimap"], **others}
+        runs = {own: result["trimap"], **others}
         save_picture(args.trimap_plot, trimap_picture(voc, next(iter(per_image)), runs, args))
     return finish(failed)
 
@@ -933,8 +951,9 @@ def try_crfs(truth, image, probabilities, grid):
     truth, built, confusions = torch.from_numpy(truth).to(probabilities.device), None, []
     with torch.no_grad():
         for crf in grid:
-            if built != (built := (crf["xy"], crf["rgb"], crf["gaussian_xy"])):
-                bilateral, gaussian = crf_kernels(pixels, *built)
+            widths = crf["xy"], crf["rgb"], crf["gaussian_xy"]
+            if built != widths:
+                built, (bilateral, gaussian) = widths, crf_kernels(pixels, *widths)
             q = mean_field(unary, [(crf["gaussian_w"], gaussian), (crf["w"], bilateral)], crf["iterations"])
             confusions.append(confusion_matrix(q.argmax(1).view(truth.shape), truth, len(probabilities)).cpu())
     return torch.stack(confusions)
@@ -949,18 +968,19 @@ def crf_search(results, count, args):
         except Exception as error:                      # whatever is bad in one image does not stop the others
             report(error)
             failed.append(name)
+    if len(failed) == count:
+        raise BadInput(f"none of the {count} images could be scored, see above")
     scored = sorted(((iou(confusion).nanmean().item(), crf) for confusion, crf in zip(total, grid)),
-                    key=lambda pair: -pair[0]) if len(failed) < count else []
+                    key=lambda pair: -pair[0])
     print(f"mIoU (%) of {len(grid)} parameter sets on {count - len(failed)} images\n\n   mIoU      w     xy    rgb")
     for miou, crf in scored:
         print(f"{100 * miou:7.2f}{crf['w']:7g}{crf['xy']:7g}{crf['rgb']:7g}"
               + "   what --crf takes" * (crf == args.crf))
     if args.json:
         write_json(args.json, [{"miou": miou, **crf} for miou, crf in scored])
-    if scored:
-        best = scored[0][1]
-        print(f"\nto use the best: --crf --crf-w {best['w']:g} --crf-xy {best['xy']:g} --crf-rgb {best['rgb']:g}"
-              + f" --crf-iterations {best['iterations']}" * (best["iterations"] != ITERATIONS))
+    best = scored[0][1]
+    print(f"\nto use the best: --crf --crf-w {best['w']:g} --crf-xy {best['xy']:g} --crf-rgb {best['rgb']:g}"
+          + f" --crf-iterations {best['iterations']}" * (best["iterations"] != ITERATIONS))
     return finish(failed)
 
 
@@ -994,15 +1014,24 @@ def predict_folder(args):
     data = args.out.parent if (args.out.parent / "JPEGImages").is_dir() else args.out
     keep_apart([args.out, args.out / "overlay"], [args.images, *(data / kind for kind in DATA)])
 
-    failed = []
-    for name, path in tqdm(paths.items(), desc="predict", unit="img", disable=None):
+    def read(name):
+        return (read_image(paths[name]),) * 2                                       # one of them comes back with labels
+
+    def add_probabilities(image, same):                                             # (H, W, 3) uint8, and (C, H, W)
+        return image, same, class_probabilities(network, image, args)
+
+    failed, work = [], functools.partial(refine_labels, crf=args.crf)
+    results = in_order(list(paths), read, add_probabilities, work, crf_workers(args))
+    for name, result in tqdm(results, "predict", len(paths), unit="img", disable=None):
+        path = paths[name]
         try:
-            image = read_image(path)
-            labels = predict_labels(network, image, args)
+            image, labels = result()
         except Exception as error:                      # whatever is bad in one image does not stop the others
             report(error)
             failed.append(path.name)
-            if len(failed) == len(paths) and not isinstance(error, BadInput):
+            if len(failed) == len(paths):
+                if isinstance(error, BadInput):
+                    raise BadInput(f"none of the {len(paths)} images could be labelled, see above") from None
                 raise                                   # a fault of all is no fault of the images
             continue
         write_label(args.out / f"{name}.png", labels)
@@ -1055,7 +1084,7 @@ def main(argv):
     add("--affinity", type=Path, metavar="DIR", help="as Box2Seg's Fig. 5: image | truth, two pixels marked | "
         "affinity (Eq. 9) of each to all others, as heat over the image")
     add("--pixels", type=int, nargs=4, metavar=("X", "Y", "X", "Y"), help="which two, from the upper left corner, 0 0 "
-        "(ours: deepest within the class of the truth with most pixels but background, and deepest in the background)")
+        "(ours: the pixel farthest from any boundary in the largest class other than background, and in background)")
     add("--pseudo-label-dir", type=Path, metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ lie, for the figures "
         "(default: in --data)")
 
@@ -1094,6 +1123,10 @@ def main(argv):
     if args.crf_search and (args.save_png or args.pictures or args.attention or args.affinity
                             or args.trimap is not None or args.trimap_plot):
         parser.error("--crf-search prints a table of its own: of the other outputs only --json goes with it")
+    outputs = [path.resolve() for path in (args.save_png, args.pictures, args.attention, args.affinity, args.json,
+                                           args.trimap_plot) if path]
+    if len(set(outputs)) < len(outputs):
+        parser.error("two outputs have one name, and the second would overwrite the first: give each its own")
     if args.labels and (args.flip or args.scales):
         parser.error("--scales and --flip go with --checkpoint: label PNGs are scored as they are")
     if args.pixels and not args.affinity or (args.best or args.worst) and not (

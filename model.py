@@ -423,22 +423,6 @@ class Box2SegNet(nn.Module):
         """In training all three, see branches(); in eval mode the logits of y alone, (N, L+1, ceil(H/4), ceil(W/4))."""
         return self.branches(x, embedding_only) if self.training else self.segmentation(self.features(x))
 
-    def plain(self):
-        """
-        The network at test time: alpha and beta's decoders are gone, the rest is shared with this one, not copied.
-
-        "Our model does not use additional parameters compared to any baselines" (Sect. 3.1): what comes back is built
-        as the baseline is, and load_state_dict asserts that each of its tensors is filled and none is left over.
-        """
-        arch = {**self.arch, "attention": False, "embedding": False}
-        del arch["network"]
-        with torch.device("meta"):            # a shell that takes no memory and draws no random numbers
-            network = Box2SegNet(**arch)
-        kept = {k: v for k, v in self.state_dict().items() if not k.startswith(("attention.", "embedding."))}
-        network.load_state_dict(kept, strict=True, assign=True)
-        network.frozen = self.frozen
-        return network.train(self.training)
-
 
 # ---- BoxSup ---------------------------------------------------------------------------------------------------------
 
@@ -493,7 +477,7 @@ class DeepLabVGG16(nn.Module):
             if isinstance(module, nn.Conv2d):                                    # what no weights file fills: fan_in
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")      # keeps 16 layers without BatchNorm
                 nn.init.zeros_(module.bias)                                      # from fading
-        nn.init.normal_(self.fc8.weight, std=0.01)                               # training begins at uniform X
+        nn.init.normal_(self.fc8.weight, std=0.01)                               # DeepLab's
 
         self.weights_report = None
         if weights is not None:
@@ -587,12 +571,10 @@ def rename_lite0(state):
               "_project_conv": "project.0", "_bn2": "project.1"}
     renamed = {}
     for name, value in state.items():
-        part = name.split(".")
-        if part[0] == "_blocks" and part[1].isdigit() and int(part[1]) < len(blocks) and part[2] in layers:
-            name = ".".join([blocks[int(part[1])], layers[part[2]], *part[3:]])
-        elif part[0] in ("_conv_stem", "_bn0"):
-            name = ".".join(["stem.0" if part[0] == "_conv_stem" else "stem.1", *part[1:]])
-        renamed[name] = value
+        part = re.fullmatch(r"_blocks\.([0-9]{1,3})\.(\w+)\.(.+)", name)
+        if part and int(part[1]) < len(blocks) and part[2] in layers:
+            name = f"{blocks[int(part[1])]}.{layers[part[2]]}.{part[3]}"
+        renamed[re.sub(r"^_bn0\.", "stem.1.", re.sub(r"^_conv_stem\.", "stem.0.", name))] = value
     return renamed
 
 
@@ -755,7 +737,7 @@ def predict(model, image, scales=(1.0,), flip=False):
     try:
         with torch.no_grad():                 # not inference_mode, so that the caller may use what comes back in place
             x = normalize(image[None].to(next(model.parameters()).device))       # (1, 3, H, W)
-            total = None                      # every new map of this size costs a CPU as much as its upsampling
+            total = None                      # summed in place: one more map costs a CPU as much as its upsampling
             for s in scales:
                 view = resized(x, s, model)
                 for mirrored in (False, True)[:1 + flip]:
@@ -780,8 +762,9 @@ class Interrupted(Exception):
 
 
 def run_script(main, script, user_errors, choose):
-    """main(sys.argv[1:]) -> exit status. What the user can put right is one line on stderr and 2; our faults keep their
-    traceback. user_errors: further exceptions that mean what BadInput does; choose: the flags that say where files go.
+    """main(sys.argv[1:]) -> exit status. Errors that the user can fix are one line on stderr and status 2; bugs keep
+    their traceback. user_errors: further exceptions that mean what BadInput does; choose: the flags that say where
+    files go.
     """
     sys.stdout.reconfigure(errors="backslashreplace")     # a name that a pipe's encoding lacks, on Windows
     try:
@@ -828,7 +811,7 @@ def add_common_arguments(parser, recipes, default_out):
         "efficientnet_lite0's), perhaps partial")
     add("--init", metavar="CHECKPOINT", help="start the whole network from this checkpoint; what does not fit, such as "
         "the last layers for other classes, starts fresh")
-    # PAPER SILENT: whether the encoder's BatchNorm learns; it does, but in --recipe photos.
+    # PAPER SILENT: whether the encoder's BatchNorm learns; it learns, except in --recipe photos.
     add("--encoder-lr", type=float, metavar="FACTOR", help="learning rate of the encoder, in multiples of --lr "
         "(papers: 1; default %(default)s)")
     add("--freeze-bn", action=flag, help="the encoder's BatchNorm keeps the statistics that it starts with "
@@ -867,7 +850,7 @@ def resume_run(args, given, out, may_differ):
         raise BadInput(f"{out / 'last.pt'}: not a run of this script, or not of this version: start another --out")
     free = {"out", "resume", "overwrite", "data", "device", "workers", "log_every", "save_every", *may_differ}
     for name, value in given.items():
-        if name not in free and value != saved["args"][name]:
+        if name not in free and value not in (saved["args"][name], "auto"):     # --amp auto: saved is what it became
             raise BadInput(f"--{name.replace('_', '-')} {value}: the run in {out} has {saved['args'][name]}; "
                            "leave it out to resume, or start another --out")
     return saved, argparse.Namespace(**(saved["args"] | {name: given[name] for name in given if name in free}))
@@ -1080,7 +1063,6 @@ def check_images(ids, names, list_file, args, saved, out):
         raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
                        "classes, other ones than here; give the --data that it had")
     if len(ids) < args.batch_size:
-        world = rank_and_world()[1]
         most = len(ids) // world * world                    # each process takes as many
         raise BadInput(f"{len(ids)} images of {list_file} are less than one batch: give " + (
             f"--batch-size {most} or less" if most >= 2 * world else "more images"))
@@ -1096,8 +1078,8 @@ def git_revision():
 
 
 def start_log(out, args, device, saved, images, names, **where):
-    """The folder and the first record of log.jsonl. An old run's checkpoints must not pass for this one's, and of the
-    run that goes on, what was logged after its checkpoint was written is dropped: those steps come again."""
+    """The folder and the first record of log.jsonl. An old run's checkpoints must not pass for this one's. When a run
+    goes on, records newer than its checkpoint are dropped: those steps come again."""
     if rank_and_world()[0]:
         return
     out.mkdir(parents=True, exist_ok=True)
@@ -1197,8 +1179,8 @@ def sgd_step(loss, model, optimizer, scaler, clip_norm):
 def evaluating(network):
     """In here the network is in eval mode and alike in all processes; afterwards what was in training is so again."""
     training = [m for m in network.modules() if m.training]
-    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # images have many sizes: to
-    # search for the fastest kernels at each would take longer than it saves
+    # Images have many sizes: a search for the fastest kernels at each would take longer than it saves.
+    benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     if dist.is_initialized():     # batch norm's running statistics differ by process; rank 0's are those that get saved
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)

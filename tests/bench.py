@@ -621,7 +621,7 @@ def evaluation(c):
     most 20 % over it without CRF."""
     voc, ids = drawn(c.folder, c.pictures)
     names = evaluate.class_names(voc)
-    network = Box2SegNet(CLASSES, c.backbone).plain().eval().to(c.device, memory_format=torch.channels_last)
+    network = Box2SegNet(CLASSES, c.backbone).eval().to(c.device, memory_format=torch.channels_last)
     pixels = [normalize(torch.from_numpy(evaluate.read_image(voc / "JPEGImages" / f"{name}.jpg"))[None].to(c.device))
               for name in ids]
     loader = evaluate.load_checkpoint

@@ -462,6 +462,9 @@ def test_command_flags(inputs, capsys, monkeypatch):
         status, out, _ = main("image.png", "probabilities.npy", "--out", "out.png", *flags, capsys=capsys)
         changed = 100 * (dense_crf(image, probabilities, **parameters).argmax(0).numpy() != before).mean()
         assert status == 0 and out.startswith(f"out.png: {changed:.1f} %"), flags
+    np.save("foreign.npy", probabilities.astype(">f4"))         # another machine's byte order
+    again = main("image.png", "foreign.npy", "--out", "out.png", *flags, capsys=capsys)[1]
+    assert again.split(",")[0] == out.split(",")[0]
 
 
 def test_command_refuses_in_one_line(inputs, capsys, monkeypatch):

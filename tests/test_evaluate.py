@@ -362,6 +362,9 @@ def test_bad_places_and_devices(toy, checkpoint, tmp_path):
                   ["--checkpoint", checkpoint, "--crf-search", 2, "--crf-backend", "pydensecrf"],
                   ["--checkpoint", checkpoint, "--crf-search", 2, "--pictures", "p"],
                   ["--checkpoint", checkpoint, "--crf-search", 2, "--trimap-plot", "p.png"],
+                  ["--checkpoint", checkpoint, "--save-png", "p", "--pictures", "./p"],
+                  ["--checkpoint", checkpoint, "--attention", "p", "--affinity", tmp_path / "q" / ".." / "p",
+                   "--save-png", tmp_path / "p"],
                   ["--checkpoint", checkpoint, "--crf-iterations", 3],
                   ["--checkpoint", checkpoint, "--crf-backend", "pydensecrf"],
                   ["--checkpoint", checkpoint, "--crf-search", 2, "--images", toy, "--out", tmp_path],
@@ -514,6 +517,16 @@ def test_bad_trimaps(toy, tmp_path):
     (tmp_path / "broken.json").write_text('{"miou": 0.')
     for name in ("none.json", "broken.json", "missing.json"):
         assert f"{tmp_path / name}: holds no trimap" in refused(*command, "--trimap-add", tmp_path / name)
+    for scores in ({"widths": ["a"], "boundary": [0.5], "interior": [0.5]}, {"widths": [2], "boundary": ["b"],
+                   "interior": [0.5]}, {"widths": [2, 4], "boundary": [0.5], "interior": [0.5]}):
+        (tmp_path / "odd.json").write_text(json.dumps({"trimap": scores}))
+        assert "odd.json: holds no trimap" in refused(*command, "--trimap-add", tmp_path / "odd.json")
+    (tmp_path / "odd.json").write_text('{"trimap": {"widths": [2], "boundary": [0.5], "interior": [null]}}')
+    shutil.copytree(tmp_path, tmp_path / "copy" / tmp_path.name)                    # .../NAME/odd.json twice
+    assert "two curves would have the same name" in refused(
+        *command, "--trimap-add", tmp_path / "odd.json", tmp_path / "copy" / tmp_path.name / "odd.json")
+    assert "two curves would have the same name" in refused(
+        *command, "--json", tmp_path / "copy" / tmp_path.name / "odd.json", "--trimap-add", tmp_path / "odd.json")
     for wrong in (["--trimap", 0], ["--trimap-add", tmp_path / "none.json"]):
         status, _, error = run("--data", toy, "--labels", toy / "GrabCutMasks", *wrong)
         assert status == 2 and "usage" in error and "--trimap" in error
@@ -719,6 +732,36 @@ def test_plain_pictures_of_all_kinds(toy, checkpoint, tmp_path):
     assert (png(out / "web.png") == expected).mean() > 0.999
 
 
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are always Unicode there")
+def test_a_name_that_is_no_utf_8(toy, checkpoint, tmp_path):
+    """OpenCV crashes where it is to draw one."""
+    name = os.fsdecode(b"B\xe4r")
+    (tmp_path / "in").mkdir()
+    shutil.copy(toy / "JPEGImages" / "toy_val_00000.jpg", tmp_path / "in" / f"{name}.jpg")
+    status, _, error = command_line("--checkpoint", checkpoint, "--images", tmp_path / "in", "--out", tmp_path / "out",
+                                    "--device", "cpu")
+    assert status == 0, error
+    assert (tmp_path / "out" / f"{name}.png").exists() and (tmp_path / "out" / "overlay" / f"{name}.jpg").exists()
+
+
+def test_plain_pictures_none_of_which_can_be_read(checkpoint, tmp_path):
+    for name in ("a.jpg", "b.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    status, _, error = run("--checkpoint", checkpoint, "--images", tmp_path, "--out", tmp_path / "out", "--device",
+                           "cpu")
+    assert status == 2 and error.endswith("none of the 2 images could be labelled, see above\n")
+
+
+def test_plain_pictures_with_crfs_in_processes(toy, checkpoint, tmp_path):
+    (tmp_path / "three.txt").write_text("toy_val_00000\ntoy_train_00000\ntoy_train_00001\n")
+    for workers in (0, 2):
+        status, _, error = run("--checkpoint", checkpoint, "--device", "cpu", "--images", toy / "JPEGImages", "--list",
+                               tmp_path / "three.txt", "--out", tmp_path / str(workers), "--crf", "--workers", workers)
+        assert status == 0, error
+    made = [{path.name: path.read_bytes() for path in (tmp_path / workers).rglob("*.*")} for workers in ("0", "2")]
+    assert made[0] == made[1] and len(made[0]) == 6
+
+
 def test_plain_pictures_by_list_and_where_they_cannot_go(toy, checkpoint, tmp_path):
     (tmp_path / "two.txt").write_text("toy_val_00001\ntoy_train_00000\n")
     command = ["--checkpoint", checkpoint, "--device", "cpu", "--images", toy / "JPEGImages"]
@@ -789,3 +832,8 @@ def test_crf_and_bad_input(toy, checkpoint, copy, tmp_path):
     for flags in (["--workers", 2], ["--workers", 0]):
         status, out, error = run("--data", copy, "--checkpoint", checkpoint, "--device", "cpu", "--crf", *flags)
         assert status == 1 and name.stem in error and "1 images" in out
+    for path in (copy / "JPEGImages").iterdir():
+        path.write_bytes(b"no image")
+    status, out, error = run("--data", copy, "--checkpoint", checkpoint, "--device", "cpu", "--crf-search", "--workers",
+                             0)
+    assert status == 2 and "none of the 2 images could be scored" in error

@@ -642,7 +642,8 @@ def test_two_pictures_of_one_id_are_refused(voc, tmp_path):
 def test_what_macos_leaves_beside_files_is_skipped(voc, monkeypatch):
     monkeypatch.setattr(evaluate, "load_checkpoint", lambda *_: (None, NAMES))
     monkeypatch.setattr(evaluate, "crf_options", lambda *_: None)
-    monkeypatch.setattr(evaluate, "predict_labels", lambda network, image, args: 2 * dog())
+    monkeypatch.setattr(evaluate, "class_probabilities", lambda *_: evaluate.torch.nn.functional.one_hot(
+        evaluate.torch.from_numpy(2 * dog()).long()).permute(2, 0, 1))
     for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
         (voc / folder / f"._a.{ending}").write_bytes(b"\0\5\x16\7")
     with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -389,6 +389,7 @@ def test_stage_1_leaves_the_decoders_of_y_and_alpha_alone(toy, tmp_path, monkeyp
 def test_resume_of_a_finished_run_changes_nothing(toy, tmp_path, whole_run):
     before = (whole_run / "last.pt").read_bytes()
     assert train(toy, whole_run, "--resume") == 0
+    assert train(toy, whole_run, "--resume", "--amp", "auto") == 0      # off, which auto may have become
     assert (whole_run / "last.pt").read_bytes() == before
 
 
