@@ -1063,8 +1063,12 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
                                        for spelt in spellings(name))), [])
             named.update(which)
             if len(which) != 1:
+                stem = Path(name.replace("\\", "/")).stem.lower()
+                near = [path for path in images if path.stem.lower() == stem]
                 failed[name] = (f"may be {' or '.join(map(str, which))}: rename them" if which else
-                                f"{file.name} names it, but {folder} has no such image ({' '.join(ENDINGS)}): add it")
+                                f"{file.name} names it, but {folder} has no such image" + (
+                                    f", only {near[0]}: rename it, or give --images its folder" if near else
+                                    f" ({' '.join(ENDINGS)}): add it"))
             elif key in bad or boxes and max(max(corners) for _, *corners in boxes) <= 1:
                 failed[str(which[0])] = bad.get(key) or f"{file.name} has boxes from 0 to 1: expected pixels"
             else:
@@ -1192,10 +1196,15 @@ def read_yolo_export(labels, folder, images, names_file, notes, failed):
         raise BadInput(f"--yolo {labels}: " + ("no data.yaml, obj.names or classes.txt in it or above it: give "
                                                "--class-names FILE" if labels.is_dir() else "no such folder"))
     names, splits, keypoints = read_yolo_names(file, notes)
-    for other in [path for path in usual if path.is_file() and not names_file]:
-        if read_yolo_names(other, Counter())[0] != names:
+    others = {path: read_yolo_names(path, Counter())[0] for path in usual if path.is_file()}
+    for other, theirs in others.items():
+        if not names_file and theirs != names:
             raise BadInput(f"{file} and {other} name different classes, or in another order: give the right one by "
                            "--class-names")
+        # New names for all classes are fine; some of the names, or another order, would call cats dogs.
+        if names not in others.values() and (len(theirs) != len(names) or set(theirs) == set(names)):
+            raise BadInput(f"--class-names {file}: {other} has other classes ({', '.join(theirs)}): YOLO's files know "
+                           "numbers alone, so all names are needed, in that order")
     notes[f"class names read from {file}"] = len(names)
     found, used = [], {file}
     for path in images:
@@ -1218,8 +1227,15 @@ def read_yolo_export(labels, folder, images, names_file, notes, failed):
     lists = ("classes.txt", "labels.txt", "train.txt", "val.txt", "valid.txt", "test.txt")
     alone = [path for path in files_below(labels, "*.txt")
              if labels / path not in used and path.name not in lists and not path.name.startswith("README")]
+    if images and alone and not found and not failed:
+        raise BadInput(f"--yolo {labels}, --images {folder}: no image has a label file ({images[0]} would have "
+                       f"{labels / images[0].with_suffix('.txt')}), and {alone[0]} has no image: give the same folder "
+                       "twice, or the two that belong together, as labels and images")
     notes["label files left out that have no image (" + "".join(map(str, alone[:1])) + ")"] = len(alone)
     return [name for name in names if not no_class(name)], found
+
+
+PERHAPS_TURNED = "images turned by EXIF, perhaps not as their boxes were drawn: look at some"
 
 
 def fit_boxes(path, stated, boxes):
@@ -1239,8 +1255,7 @@ def fit_boxes(path, stated, boxes):
     if not all(says is None or isinstance(says, (int, float)) for says in stated):
         raise BadInput(f"{stated} in the JSON for its width and height: expected numbers")
     if agrees((width, height)):
-        unclear = turn in range(2, 9) and agrees(stored)
-        notes["images turned by EXIF, perhaps not as their boxes were drawn: look at some"] += unclear
+        notes[PERHAPS_TURNED] += turn in range(2, 9) and agrees(stored)
         turn = 1
     elif turn not in (5, 6, 7, 8) or not agrees(stored):
         raise BadInput(f"{stated[0]}x{stated[1]} in the JSON, but the image is {width}x{height}: give the image that "
@@ -1319,6 +1334,14 @@ def lay_out(voc, source, lists, texts, images):
         raise BadInput(f"{voc}: cannot be written or read ({error}): name another --data") from None
 
 
+def is_id(name):
+    """Whether lists can have an image of this name: not of over 230 bytes, say, or with a colon, as in 1:30."""
+    try:
+        return name.isprintable() and image_id(name, "") == name
+    except BadInput:
+        return False
+
+
 def name_images(found, notes, failed):
     """[(image, ...), ...] -> {id: (image, ...)}; those that share an id go to failed, what is worth saying to notes."""
     ids = {}
@@ -1328,13 +1351,13 @@ def name_images(found, notes, failed):
         if Path(name).suffix.lower() in ENDINGS:  # of a.jpg.jpg: lists leave an ending away
             name = "_".join(name.rsplit(".", 1))
         ids.setdefault(name, []).append(entry)
-    for image_id, entries in ids.items():
-        if len(entries) > 1 or not image_id.isprintable():
+    for name, entries in ids.items():
+        if len(entries) > 1 or not is_id(name):
             paths = sorted({str(path) for path, *_ in entries})
             failed.update(dict.fromkeys(paths, "annotated twice" if len(paths) < len(entries) else
-                                        f"{image_id!r} cannot be the id of {' and '.join(paths)}: rename them"))
-    ids = {image_id: entries[0] for image_id, entries in ids.items() if str(entries[0][0]) not in failed}
-    renamed = [f"{path} -> {image_id}" for image_id, (path, *_) in ids.items() if image_id != path.stem]
+                                        f"{name!r} cannot be the id of {' and '.join(paths)}: rename them"))
+    ids = {name: entries[0] for name, entries in ids.items() if str(entries[0][0]) not in failed}
+    renamed = [f"{path} -> {name}" for name, (path, *_) in ids.items() if name != path.stem]
     notes["ids with underscores for folders and spaces (" + "".join(renamed[:1]) + ")"] += len(renamed)
     return ids
 
@@ -1357,7 +1380,7 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
     else:
         names, found = read_yolo_export(yolo, folder, files, names_file, notes, failed)
 
-    ids, fitted, lists = name_images(found, notes, failed), {}, {}
+    ids, fitted, lists, turned = name_images(found, notes, failed), {}, {}, []
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
         jobs = a_few_ahead(ids, lambda i: pool.submit(fit_boxes, folder / ids[i][0], *ids[i][2:]), 64)
@@ -1368,6 +1391,7 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
                 failed[str(ids[image_id][0])] = str(error)
                 continue
             notes.update(noted)
+            turned += [str(ids[image_id][0])] * noted[PERHAPS_TURNED]
             notes["images without a box left out"] += not boxes
             if boxes:
                 fitted[image_id] = size, boxes
@@ -1380,9 +1404,10 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
     failures = sorted(f"{image}: {' '.join(why.split())}" for image, why in failed.items())
     for note, count in notes.items():
         if count:
-            print(f"{count} {note}")
+            print(f"{count} {note}" + f" ({', '.join(turned[:5])})" * (note == PERHAPS_TURNED))
     if "train" not in lists:
         raise BadInput(f"{'--yolo' if yolo else '--coco'} {yolo or coco[0]}: no image to train on"
+                       + f", all are in {' and '.join(f'{split}.txt' for split in lists)}" * bool(lists)
                        + "".join(f"; {why}" for why in failures[:1]))
 
     source = {"boxes": [os.path.abspath(path) for path in coco or [yolo]], "images": str(folder)}
@@ -1447,8 +1472,8 @@ def parse_arguments():
                      "it starts again from an ellipse in the middle (default: 0.15, ours)")
     cut.add_argument("--colours", choices=("lab", "rgb"), default="lab", help="space of the colour models (default: "
                      "lab, ours)")
-    cut.add_argument("--share", action=argparse.BooleanOptionalAction, default=True, help="do not take other boxes of "
-                     "the same class for background (default: so, ours)")
+    cut.add_argument("--share", action=argparse.BooleanOptionalAction, default=True, help="other boxes of the same "
+                     "class are perhaps foreground (default: on, ours); --no-share: background")
     source = parser.add_argument_group("boxes")
     source.add_argument("--boxes", choices=("annotation", "detector"), default="annotation", help="from Annotations/ "
                         "(default, paper) or from a COCO detector (paper: GrabCut-NoTrain-Det), whose labels go to "

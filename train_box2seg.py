@@ -388,8 +388,8 @@ def main(argv):
     check_images(ids, names, list_file, args, saved, out)
     _, _, with_aw, _, with_a = ROWS[args.loss]
     with_aw, with_a = with_aw and args.lambda_aw > 0, with_a and args.lambda_a > 0  # no branch that nothing trains
-    crops, made_of = make_crops(voc, ids, list_file, len(names), args, with_aw, saved)
     val_ids = validation_list(voc, args.val_split)
+    crops, made_of = make_crops(voc, ids, list_file, len(names), args, with_aw, saved)
     rates = None
     if args.loss == "filling-rate":
         rates = grabcut_labels.class_fill_rates(voc, ids, out=args.label_dir).to(device)

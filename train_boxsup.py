@@ -680,6 +680,7 @@ def main(argv):
     images, list_file = training_images(voc, names, args, out)
     n, boxed = len(images.ids), images.updated
     check_images(images.ids, names, list_file, args, saved, out)
+    val_ids = validation_list(voc, args.val_split)      # before hours of candidates
     make_labels(images, names, list_file, args, out, saved)
     if len(boxed) < n:
         require_a_class(images.files(index)[1] for index in range(n) if index not in boxed)
@@ -688,7 +689,6 @@ def main(argv):
     if saved and any(saved.get("made_of", {}).get(key, value) != value for key, value in made_of.items()):
         raise BadInput(f"{out / 'last.pt'}: the run had other candidates, boxes or GrabCut masks than these: give the "
                        "--candidates, --grabcut that it had, or start another --out")
-    val_ids = validation_list(voc, args.val_split)
 
     # ---- network
     torch.manual_seed(args.seed)

@@ -30,8 +30,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from train_boxsup import find_voc, read_boxes, read_label, training_list, write_label
-from grabcut_labels import VOC_CLASSES, class_names
+import train_boxsup
+from grabcut_labels import VOC_CLASSES, BadInput, class_names, find_voc, read_boxes, read_label, write_label
+from train_boxsup import training_list, truth_file
 
 # row: (flags, mIoU in the paper on VOC 2012 val). Flags name OUT, the folder of all runs, and SEED, and MISSING, the
 # data with a tenth of the objects missing from its masks.
@@ -129,7 +130,7 @@ def without_some_objects(data, split, out, share=0.1):
             shutil.copyfile(path, made / "SegmentationClass" / path.name)
         removed = total = 0
         for image_id in training_list(voc, split)[0]:
-            labels = read_label(made / "SegmentationClass" / f"{image_id}.png")
+            labels = read_label(truth_file(voc, image_id))
             boxes, classes = read_boxes(voc / "Annotations" / f"{image_id}.xml", names, labels.shape)
             for k in np.flatnonzero(rng.random(len(boxes)) < share):
                 gone = np.zeros(labels.shape, bool)
@@ -149,7 +150,7 @@ def without_some_objects(data, split, out, share=0.1):
     print(f"{removed} of {total} objects removed from the masks of {out / 'missing'}")
 
 
-def prepare(args, out):
+def prepare(args, voc, out):
     """Labels and candidates that several runs would otherwise make at the same time."""
     flags = ["--data", args.data] + (["--split", args.split] if args.split else [])
     box2seg = args.paper == "box2seg"
@@ -164,7 +165,7 @@ def prepare(args, out):
         method_of = {"boxsup": "mcg", "no-sampling": "mcg", "semi": "mcg", "ss": "ss", "gop": "gop"}
         methods = {method_of[row] for row in args.rows if row in method_of}
         made += [["mcg_candidates.py", *flags, "--method", method] for method in sorted(methods)]
-        voc = find_voc(args.data)  # "semi": every tenth image has a mask
+        # "semi": every tenth image has a mask
         (out / "masks.txt").write_text("\n".join(training_list(voc, args.split)[0][::10]) + "\n", encoding="utf-8")
     for script, *rest in made:
         print("$ python", script, *rest, flush=True)
@@ -196,6 +197,9 @@ def main():
     args.rows = args.rows or DEFAULT[args.paper]
     if unknown := set(args.rows) - set(table):
         parser.error(f"--rows {' '.join(sorted(unknown))}: known are {' '.join(table)}")
+    if not args.budget and any(row.startswith(("tuned", "imagenet")) for row in args.rows):
+        parser.error("--rows tuned-..., imagenet-...: need --budget, from which their steps are counted")
+    voc = find_voc(args.data)
     out = Path(args.out or f"runs/ablation-{args.paper}")
     out.mkdir(parents=True, exist_ok=True)
     arguments = {row: arguments_of(args, row) for row in table}
@@ -210,7 +214,7 @@ def main():
             if run["paper"] == args.paper and run["arguments"] == arguments.get(run["row"]):
                 (out / f"{run['row']}-{run['seed']}").mkdir(exist_ok=True)
                 (out / f"{run['row']}-{run['seed']}" / "done.json").write_text(json.dumps(run))
-    prepare(args, out)
+    prepare(args, voc, out)
 
     waiting = []  # (row, seed, command), seed by seed: a table of all rows stands early
     for seed in args.seeds:
@@ -281,4 +285,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (BadInput, train_boxsup.BadInput, train_boxsup.BadFile) as error:
+        sys.exit(f"ablation.py: {error}")

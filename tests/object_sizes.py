@@ -3,7 +3,7 @@
     python evaluate.py --checkpoint runs/grabcut/last.pt --save-png grabcut                  label maps of val
     python tests/object_sizes.py --data VOCdevkit --labels grabcut box2seg                   compares folders of them
 
-Of every annotated box, only the pixels inside count: IoU of those labelled as its class with those that are of its
+Of every annotated box in which the truth has its class, only the pixels inside count: IoU of those labelled as its class with those that are of its
 class, without the pixels labelled 255; the mean over the boxes whose area is such a share of the image. In brackets:
 recall, the share of its true pixels that are labelled as its class. mIoU counts pixels, and so large objects most.
 """
@@ -53,7 +53,8 @@ def main():
           + "|---" * (2 + len(args.labels)) + "|")
     for low, high in [*zip(EDGES, EDGES[1:]), (0, 1)]:
         chosen = scores[:, (scores[0, :, 0] > low) & (scores[0, :, 0] <= high), 1:]
-        cells = (f"{100 * iou:.1f} ({100 * recall:.1f})" for iou, recall in chosen.mean(1)) if chosen.size else ()
+        cells = [f"{100 * iou:.1f} ({100 * recall:.1f})" for iou, recall in chosen.mean(1)] if chosen.size else (
+            ["-"] * len(args.labels))
         print(f"| {100 * low:g} to {100 * high:g} % | {chosen.shape[1]} | " + " | ".join(cells) + " |")
 
 

@@ -268,9 +268,68 @@ def test_yolo_files_that_name_other_classes(tmp_path):
     text(tmp_path / "data.yaml", "names: [cat, dog]\nkpt_shape: [2, 2]\n")
     with pytest.raises(BadInput, match="data.yaml and .*classes.txt name different classes.*--class-names"):
         import_boxes(tmp_path / "d", tmp_path / "images", yolo=tmp_path / "labels")
+    for right in ("cat\ndog\n", "dog\ncat\n"):                                # ... is one of the two
+        text(tmp_path / "right", right)
+        data = tmp_path / right[:3]
+        assert import_boxes(data, tmp_path / "images", yolo=tmp_path / "labels", names_file=tmp_path / "right") == []
+        assert labelled(data, "a")[0][0] == right[:3]
     text(tmp_path / "labels" / "classes.txt", "cat\ndog\n")
     assert import_boxes(tmp_path / "d", tmp_path / "images", yolo=tmp_path / "labels") == []
     assert labelled(tmp_path / "d", "a") == [("cat", 20, 15, 60, 45)]
+    for wrong in ("dog\n", "dog\ncat\n", "cat\ndog\ncow\n"):                  # asked for, as of COCO's; or mixed up
+        text(tmp_path / "wrong", wrong)
+        with pytest.raises(BadInput, match="--class-names .*wrong: .*data.yaml has other classes .cat, dog."):
+            import_boxes(tmp_path / "e", tmp_path / "images", yolo=tmp_path / "labels", names_file=tmp_path / "wrong")
+    names = text(tmp_path / "names", "Katze\nHund\n")                            # new names for all are fine
+    import_boxes(tmp_path / "e", tmp_path / "images", yolo=tmp_path / "labels", names_file=names)
+    assert labelled(tmp_path / "e", "a")[0][0] == "Katze"
+
+
+@pytest.mark.parametrize("labels, images", [(".", "images"), ("labels", "."), ("Labels", "Images")])
+def test_yolo_folders_that_do_not_belong_together(tmp_path, labels, images):
+    image(tmp_path / images / ("a.jpg" if images != "." else "images/a.jpg"))
+    text(tmp_path / labels / ("a.txt" if labels != "." else "labels/a.txt"), "0 0.5 0.5 0.5 0.5\n")
+    names = text(tmp_path / "data.yaml", "names: [cat]\n")
+    if labels == "Labels":                              # these do, named one by one, but not from the folder above
+        assert import_boxes(tmp_path / "d", tmp_path / images, yolo=tmp_path / labels) == []
+        labels = images = "."
+    with pytest.raises(BadInput, match=r"no image has a label file .*a.jpg would have .*a.txt.*abels/a.txt has no|"
+                                       r"no image has a label file .*a.jpg would have .*a.txt., and a.txt has no"):
+        import_boxes(tmp_path / "e", tmp_path / images, yolo=tmp_path / labels, names_file=names)
+
+
+def test_images_that_exif_turns_are_named(tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image(tmp_path / "a.jpg", exif=exif)
+    image(tmp_path / "b.jpg")
+    for name in "ab":
+        text(tmp_path / f"{name}.txt", "0 0.5 0.5 0.5 0.5\n")
+    text(tmp_path / "data.yaml", "names: [cat]\n")
+    import_boxes(tmp_path / "d", tmp_path, yolo=tmp_path)
+    assert "1 images turned by EXIF, perhaps not as their boxes were drawn: look at some (a.jpg)\n" in (
+        capsys.readouterr().out)
+
+
+def test_an_export_of_validation_images_alone(tmp_path):
+    for split in ("val", "test"):
+        image(tmp_path / "images" / split / f"{split}.jpg")
+        text(tmp_path / "labels" / split / f"{split}.txt", "0 0.5 0.5 0.5 0.5\n")
+    text(tmp_path / "data.yaml", "names: [cat]\n")
+    with pytest.raises(BadInput, match="no image to train on, all are in test.txt and val.txt$"):
+        import_boxes(tmp_path / "d", tmp_path, yolo=tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such names")
+def test_names_that_no_list_can_have(tmp_path):
+    """They are left out and named; what was imported beside them can be read."""
+    bad = ["1:30.jpg", "a" * 240 + ".jpg", "\u732b" * 78 + ".jpg", "b" * 130 + "/" + "c" * 130 + ".jpg"]
+    for name in ("a.jpg", *bad):
+        image(tmp_path / "i" / name)
+    export = coco(tmp_path / "x.json", ["a.jpg", *bad], [(n, 1, [1, 1, 9, 9]) for n in range(1, 6)])
+    failures = import_boxes(tmp_path / "d", tmp_path / "i", [export])
+    assert sorted(bad) == sorted(failure.split(": '")[0] for failure in failures)
+    assert all(failure.endswith("rename them") for failure in failures) and ids(tmp_path / "d", "train") == ["a"]
 
 
 def test_yolo_rows_of_tracked_boxes_are_no_outlines(tmp_path):
@@ -546,7 +605,13 @@ def test_one_bad_image_stops_no_other(tmp_path):
     assert "from 0 to 1: expected pixels" in told["shares.jpg"] and told["twice.jpg"] == "annotated twice"
     assert told["same.png"] == "'same' cannot be the id of same.jpg and same.png: rename them"
     assert told["a_b.jpg"] == "'a_b' cannot be the id of a/b.jpg and a_b.jpg: rename them"
-    assert re.match("x.json names it, but .* has no such image", told["missing.jpg"])
+    assert re.match("x.json names it, but .* has no such image .*: add it", told["missing.jpg"])
+    for here, there in (("e/A.JPG", "a.jpg"), ("e/p/a.jpg", "q/a.jpg"), ("e/a.jpeg", "a.jpg"), ("e/a.jpg", "/x/y/a.gif")):
+        shutil.rmtree(tmp_path / "e", ignore_errors=True)
+        image(tmp_path / here)
+        export = coco(tmp_path / "y.json", [there], [(1, 1, [1, 1, 9, 9])])
+        with pytest.raises(BadInput, match=f"no such image, only {here[2:]}: rename it, or give --images its folder"):
+            import_boxes(tmp_path / "d2", tmp_path / "e", [export])
     assert not list((tmp_path / "d" / "VOC2012" / "Annotations").glob("[!g]*"))
 
 

@@ -61,6 +61,9 @@ def test_ablation_of_a_row_that_fails_and_of_other_settings(folder):
     assert "mIoU" not in call("ablation.py", "--out", "other", *flags, folder=folder, status=1)
     assert "--crop 1: expected 32" in (folder / "other" / "rectangles-0.log").read_text()
     call("ablation.py", *flags, folder=folder, status=1)  # the first test's folder: of other flags
+    call("ablation.py", "--data", "nowhere", "--out", "new", folder=folder, status=1)
+    assert not (folder / "new" / "settings.json").exists()      # which would refuse the right --data
+    call("ablation.py", "--rows", "box2seg", "tuned-0.1", folder=folder, status=2)      # of how many steps?
     assert not (folder / "runs" / "ablation-boxsup" / "rectangles-0.log").exists()
 
 
@@ -224,5 +227,6 @@ def test_object_sizes_by_hand(folder):
     voc = folder / "VOCdevkit" / "VOC2012"
     table = call("object_sizes.py", "--data", "VOCdevkit", "--labels", voc / "SegmentationClass", folder=folder)
     assert table.splitlines()[-1].endswith("| 100.0 (100.0) |")
+    assert {line.count("|") for line in table.splitlines()} == {4}      # sizes of which there is no object, too
     assert "no label" in subprocess.run([sys.executable, HERE / "object_sizes.py", "--data", folder, "--labels", voc],
                                         capture_output=True, text=True).stderr
