@@ -1019,6 +1019,7 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
         files += here
         if not here:
             raise BadInput(f"--coco {path}: no {', '.join(patterns)} in this folder: name the JSON file")
+    by_stem = {path.stem.lower(): path for path in images}
     for path in images:
         by_name.setdefault(path.name, []).append(path)
     for file in files:
@@ -1063,11 +1064,10 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
                                        for spelt in spellings(name))), [])
             named.update(which)
             if len(which) != 1:
-                stem = Path(name.replace("\\", "/")).stem.lower()
-                near = [path for path in images if path.stem.lower() == stem]
+                near = by_stem.get(Path(name.replace("\\", "/")).stem.lower())
                 failed[name] = (f"may be {' or '.join(map(str, which))}: rename them" if which else
                                 f"{file.name} names it, but {folder} has no such image" + (
-                                    f", only {near[0]}: rename it, or give --images its folder" if near else
+                                    f", only {near}: rename it, or give --images its folder" if near else
                                     f" ({' '.join(ENDINGS)}): add it"))
             elif key in bad or boxes and max(max(corners) for _, *corners in boxes) <= 1:
                 failed[str(which[0])] = bad.get(key) or f"{file.name} has boxes from 0 to 1: expected pixels"
@@ -1196,13 +1196,16 @@ def read_yolo_export(labels, folder, images, names_file, notes, failed):
         raise BadInput(f"--yolo {labels}: " + ("no data.yaml, obj.names or classes.txt in it or above it: give "
                                                "--class-names FILE" if labels.is_dir() else "no such folder"))
     names, splits, keypoints = read_yolo_names(file, notes)
-    others = {path: read_yolo_names(path, Counter())[0] for path in usual if path.is_file()}
+    others = {}
+    for path in filter(Path.is_file, usual):
+        with contextlib.suppress(*[BadInput] * bool(names_file)):       # a broken one is a reason to give --class-names
+            others[path] = read_yolo_names(path, Counter())[0]
     for other, theirs in others.items():
         if not names_file and theirs != names:
             raise BadInput(f"{file} and {other} name different classes, or in another order: give the right one by "
                            "--class-names")
-        # New names for all classes are fine; some of the names, or another order, would call cats dogs.
-        if names not in others.values() and (len(theirs) != len(names) or set(theirs) == set(names)):
+        # New names are fine; a choice of the old ones, or another order, would call cats dogs.
+        if names not in others.values() and set(names) <= set(theirs):
             raise BadInput(f"--class-names {file}: {other} has other classes ({', '.join(theirs)}): YOLO's files know "
                            "numbers alone, so all names are needed, in that order")
     notes[f"class names read from {file}"] = len(names)

@@ -276,13 +276,17 @@ def test_yolo_files_that_name_other_classes(tmp_path):
     text(tmp_path / "labels" / "classes.txt", "cat\ndog\n")
     assert import_boxes(tmp_path / "d", tmp_path / "images", yolo=tmp_path / "labels") == []
     assert labelled(tmp_path / "d", "a") == [("cat", 20, 15, 60, 45)]
-    for wrong in ("dog\n", "dog\ncat\n", "cat\ndog\ncow\n"):                  # asked for, as of COCO's; or mixed up
+    for wrong in ("dog\n", "dog\ncat\n"):                                        # asked for, as of COCO's; mixed up
         text(tmp_path / "wrong", wrong)
         with pytest.raises(BadInput, match="--class-names .*wrong: .*data.yaml has other classes .cat, dog."):
             import_boxes(tmp_path / "e", tmp_path / "images", yolo=tmp_path / "labels", names_file=tmp_path / "wrong")
     names = text(tmp_path / "names", "Katze\nHund\n")                            # new names for all are fine
     import_boxes(tmp_path / "e", tmp_path / "images", yolo=tmp_path / "labels", names_file=names)
     assert labelled(tmp_path / "e", "a")[0][0] == "Katze"
+    text(tmp_path / "data.yaml", "names: {a: b}\n")
+    text(tmp_path / "names", "cat\ndog\ncow\n")                                   # one more; and data.yaml is broken
+    import_boxes(tmp_path / "f", tmp_path / "images", yolo=tmp_path / "labels", names_file=names)
+    assert labelled(tmp_path / "f", "a")[0][0] == "cat"
 
 
 @pytest.mark.parametrize("labels, images", [(".", "images"), ("labels", "."), ("Labels", "Images")])
