@@ -345,6 +345,10 @@ def read_inputs(image_file, probabilities_file):
     return image, probabilities
 
 
+def drawable(words):
+    return words.encode("utf-8", "replace").decode()    # OpenCV crashes on a file name that is no UTF-8
+
+
 def panel(image, labels, caption):
     """The image in grey under VOC's colours made brighter, below its caption; labels None: the image itself."""
     if labels is not None:
@@ -356,8 +360,7 @@ def panel(image, labels, caption):
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     image = cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_NEAREST)
     bar = np.full((26, image.shape[1], 3), 255, np.uint8)
-    caption = caption.encode("utf-8", "replace").decode()   # OpenCV crashes on a file name that is no UTF-8
-    cv2.putText(bar, caption, (2, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
+    cv2.putText(bar, drawable(caption), (2, 18), cv2.FONT_HERSHEY_SIMPLEX, 0.5, (40, 40, 40), 1, cv2.LINE_AA)
     return cv2.copyMakeBorder(np.vstack([bar, image]), 0, 4, 2, 2, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
 

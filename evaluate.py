@@ -55,7 +55,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crf import BadInput as BadKernel
-from crf import ITERATIONS, PRESETS, crf_kernels, dense_crf, mean_field, unary_energy
+from crf import ITERATIONS, PRESETS, crf_kernels, dense_crf, drawable, mean_field, unary_energy
 from losses import affinity, confusion_matrix, iou
 from model import BadInput as BadModel
 from model import load_network, normalize, pick_device, predict, resized, to_pixels
@@ -572,10 +572,6 @@ def attention_overlay(image, alpha, truth, boxes):
         strength = alpha[c - 1] if boxes is None else alpha[c - 1] * (boxes == c)
         picture += strength[..., None] * (colour_of(c) - picture)
     return picture.round().astype(np.uint8)
-
-
-def drawable(words):
-    return words.encode("utf-8", "replace").decode()    # OpenCV crashes on a file name that is no UTF-8
 
 
 def text_width(words):
