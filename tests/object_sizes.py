@@ -3,9 +3,10 @@
     python evaluate.py --checkpoint runs/grabcut/last.pt --save-png grabcut                  label maps of val
     python tests/object_sizes.py --data VOCdevkit --labels grabcut box2seg                   compares folders of them
 
-Of every annotated box in which the truth has its class, only the pixels inside count: IoU of those labelled as its class with those that are of its
-class, without the pixels labelled 255; the mean over the boxes whose area is such a share of the image. In brackets:
-recall, the share of its true pixels that are labelled as its class. mIoU counts pixels, and so large objects most.
+Of every annotated box in which the truth has its class, only the pixels inside count: IoU of those labelled as its
+class with those that are of its class, without the pixels labelled 255; the mean over the boxes whose area is such a
+share of the image. In brackets: recall, the share of its true pixels that are labelled as its class. mIoU counts
+pixels, and so large objects most.
 """
 import argparse
 import sys
