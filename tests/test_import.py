@@ -610,7 +610,8 @@ def test_one_bad_image_stops_no_other(tmp_path):
     assert told["same.png"] == "'same' cannot be the id of same.jpg and same.png: rename them"
     assert told["a_b.jpg"] == "'a_b' cannot be the id of a/b.jpg and a_b.jpg: rename them"
     assert re.match("x.json names it, but .* has no such image .*: add it", told["missing.jpg"])
-    for here, there in (("e/A.JPG", "a.jpg"), ("e/p/a.jpg", "q/a.jpg"), ("e/a.jpeg", "a.jpg"), ("e/a.jpg", "/x/y/a.gif")):
+    for here, there in (("e/A.JPG", "a.jpg"), ("e/p/a.jpg", "q/a.jpg"), ("e/a.jpeg", "a.jpg"),
+                        ("e/a.jpg", "/x/y/a.gif")):
         shutil.rmtree(tmp_path / "e", ignore_errors=True)
         image(tmp_path / here)
         export = coco(tmp_path / "y.json", [there], [(1, 1, [1, 1, 9, 9])])
