@@ -52,372 +52,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-# ==== shared block "VOC on disk": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
-VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
-               "person pottedplant sheep sofa train tvmonitor").split()
-
-
-class BadInput(Exception):
-    """What the user gave cannot be used; the message is one line that names the file and the remedy."""
-
-
-class CannotWrite(BadInput):
-    """A full disk or a folder that may not be written: the end of a job that goes on after a single bad image."""
-
-
-def find_voc(data):
-    """--data (a VOCdevkit, or the VOC2012 folder in it) -> Path of the folder that holds JPEGImages."""
-    for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
-        try:
-            if (folder / "JPEGImages").is_dir():
-                return folder
-        except PermissionError:
-            raise BadInput(f"{folder}: may not be read: ask its owner, or copy the data") from None
-    raise BadInput(f"no VOC data in {data}: expected {data}/VOC2012/JPEGImages")
-
-
-def read_text(path):
-    """A text file -> str, lines end in "\\n". UTF-8 whatever the system, or UTF-16, which needs its byte order mark."""
-    try:
-        data = Path(path).read_bytes()
-        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        text = "\0"
-    if "\0" in text:
-        raise BadInput(f"{path}: not text in UTF-8: save it in that encoding")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def read_names(path):
-    """A file of class names, one a line, background first -> list."""
-    names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
-    if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
-        raise BadInput(f"{path}: expected 2 to 255 different names, one a line, background first")
-    return names
-
-
-def class_names(voc):
-    """VOC's 21 names, or those of a class_names.txt beside JPEGImages (one a line, background first)."""
-    path = Path(voc) / "class_names.txt"
-    return read_names(path) if path.exists() else list(VOC_CLASSES)
-# ==== end of shared block
-
-
-# ==== shared block "ids of images": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
-ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"  # of images, in small letters or in capitals
-
-
-def image_id(text, where):
-    """What a list calls an image -> its id: the image's path below JPEGImages without its ending, as in day1/a."""
-    endings, name = "|".join(ENDINGS).replace(".", r"\."), text
-    if columns := re.fullmatch(rf"(.+?)({endings})\s+(.*[/\\])?(.+)\.(png|xml)", name, re.I):  # DeepLab's lists
-        name = columns[1]
-        if re.split(r"[/\\]", name)[-1] != columns[4]:
-            raise BadInput(f"{where}: {text[:99]!r} are two names: expected one image a line")
-    name = re.sub(r"^(\./)?(/?((VOCdevkit/)?VOC2012/)?JPEGImages/)?", "", name.replace("\\", "/"))
-    parts = re.sub(rf"({endings})$", "", name, flags=re.I).split("/")
-    long = max(len(part.encode("utf-8", "replace")) for part in parts) > 230  # with an ending too long for a file name
-    if long or {"", ".", ".."} & set(parts) or parts[0][1:2] == ":":
-        raise BadInput(f"{where}: {text[:99]!r} is no id: expected an image's name, or its path below JPEGImages")
-    return "/".join(parts)
-
-
-def read_list(path):
-    """An ImageSets list -> image ids in order: see image_id(). One a line, which may hold spaces."""
-    if not Path(path).exists():
-        raise BadInput(f"no image list {path}: write one id a line (file names without .jpg)")
-    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
-    unflagged = {re.sub(r"\s+(-1|0|1)$", "", line) for line in lines}
-    if lines and len(unflagged) == len(lines) and unflagged.isdisjoint(lines):
-        raise BadInput(f"{path}: a second column of 1, 0, -1, as in VOC's lists of one class (dog_train.txt): keep the "
-                       "lines that you want, and only their ids")
-    ids = [image_id(line, path) for line in lines]
-    if not ids or len(set(ids)) < len(ids):
-        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": expected one id a line")
-    return ids
-
-
-def find_image(folder, name):
-    """The image of an id, whatever its ending (where there is none, what .jpg would be called). Two are refused."""
-    paths = [Path(folder) / f"{name}{ending}" for small in ENDINGS for ending in (small, small.upper())]
-    found = [path for path in paths if path.is_file()] or paths[:1]
-    for other in found[1:]:
-        if not other.samefile(found[0]):  # it is where capitals do not count
-            raise BadInput(f"{found[0]} and {other.name} have one id: rename one, or move it out of {folder}")
-    return found[0]
-# ==== end of shared block
-
-
-# ==== shared block "an image": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
-UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
-                          "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
-
-
-def orientation(exif):
-    """EXIF's bytes -> its orientation, or None. Pillow reads all other tags, too, and an odd one hides this from it."""
-    exif = exif.removeprefix(b"Exif\0\0")
-    order = "<" if exif[:2] == b"II" else ">"
-    try:
-        start, = struct.unpack_from(order + "I", exif, 4)
-        for entry in range(start + 2, start + 2 + 12 * struct.unpack_from(order + "H", exif, start)[0], 12):
-            tag, kind = struct.unpack_from(order + "HH", exif, entry)
-            if tag == 0x0112:
-                return struct.unpack_from(order + ("I" if kind == 4 else "H"), exif, entry + 8)[0]
-    except struct.error:  # cut off
-        pass
-    return None
-
-
-def read_image(path):
-    """An image file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
-    try:
-        with Image.open(path) as file:
-            file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
-        with Image.open(path) as file:
-            deep = any(depth in str(file.tile) for depth in (";16B", ";16L", ";16N"))  # where mode may say RGB, too
-            file.load()  # raises on a cut-off JPEG; turns a TIFF itself
-            mode, image, turn = file.mode, file.convert("RGB"), UPRIGHT.get(orientation(file.info.get("exif", b"")))
-    except FileNotFoundError:
-        raise BadInput(f"no image {path}") from None
-    except Exception as error:  # broken bytes make decoders raise nearly anything
-        why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise BadInput(f"{path}: not a readable image ({why}): replace it or take its id off the list") from None
-    if mode[0] in "IF" or deep:  # what their black and white are is not said; Pillow would cut at 255, or the low byte
-        raise BadInput(f"{path}: its pixels have more than 8 bits ({mode}): save it with 8 bits a channel")
-    return np.array(image.transpose(Image.Transpose[turn]) if turn else image)
-# ==== end of shared block
-
-
-# ==== shared block "label maps": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
-def voc_palette():
-    """VOC's colours, (256, 3) uint8: bits 0, 1, 2 of the index give the high bit of R, G, B, bits 3, 4, 5 the next."""
-    bits = [[(np.arange(256) >> (3 * k + c) & 1) << (7 - k) for k in range(3)] for c in range(3)]
-    return np.array(bits).sum(1).T.astype(np.uint8)
-
-
-def read_label(path, size=None, num_classes=None):
-    """A label PNG -> (H, W) uint8 class index per pixel, 255 ignored. size is (H, W) of the image it belongs to."""
-    try:
-        with Image.open(path, formats=["PNG"]) as png:  # a JPEG's indices would be blurred
-            png.verify()  # its checksums
-        with Image.open(path) as png:
-            depth = png.tile[0][3].rpartition(";")[2]  # bits a pixel where they are fewer than 8
-            labels = np.array(png.convert("L") if png.mode == "1" else png)  # of a palette PNG the indices
-            mode, palette = png.mode, np.array(png.getpalette() or [], np.uint8).reshape(-1, 3)
-    except FileNotFoundError:
-        raise BadInput(f"no label {path}") from None
-    except Exception as error:  # broken bytes make decoders raise nearly anything
-        raise BadInput(f"{path}: not a readable PNG ({' '.join(str(error).split())}): make it again") from None
-    if mode not in ("P", "L", "1"):
-        raise BadInput(f"{path}: a {mode} image, not class indices: save it as an 8-bit palette PNG")
-    if mode != "P" and depth in ("1", "2", "4"):
-        labels //= 255 // (2 ** int(depth) - 1)  # Pillow has spread them over 0..255
-    colours, classes = voc_palette(), [*range(num_classes or 21), 255]
-    if mode == "P" and not np.array_equal(palette, colours[:len(palette)]):  # then colours must not say another class
-        used = [index for index in np.flatnonzero(np.bincount(labels.ravel())) if index < len(palette)]
-        said = [[c for c in classes if np.array_equal(colours[c], palette[index])] for index in used]
-        if all(said) and sum(said, []) != used and len(set(map(tuple, said))) == len(used):
-            raise BadInput(f"{path}: its colours are VOC's, its indices are not: save it with VOC's palette in order")
-    if size is not None and labels.shape != tuple(size):
-        raise BadInput(f"{path}: {labels.shape[1]}x{labels.shape[0]}, its image {size[1]}x{size[0]}: make it again")
-    if num_classes is not None and (worst := labels[labels < 255].max(initial=0)) >= num_classes:
-        raise BadInput(f"{path}: holds class {worst}, but there are {num_classes} classes: check class_names.txt")
-    return labels
-
-
-def require_a_class(paths):
-    """Refuses label PNGs that together hold no class but background; reads them up to the first that does."""
-    count = 0
-    try:
-        for count, path in enumerate(paths, 1):
-            if (read_label(path) % 255).any():
-                return
-    except BadInput:
-        return  # it is reported with its image
-    if count:
-        raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): expected classes' "
-                       "indices (255 is ignored: in masks of 0 and 255 replace it by the class's index)")
-
-
-def write_label(path, labels):
-    """(H, W) class indices -> 8-bit palette PNG."""
-    png = Image.fromarray(np.asarray(labels, np.uint8), "L")
-    png.putpalette(voc_palette().tobytes())  # makes it mode P, indices unchanged
-    with writing(path) as temporary:
-        png.save(temporary, "PNG")
-# ==== end of shared block
-
-
-# ==== shared block "what was made": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
-@contextlib.contextmanager
-def writing(path):
-    """A temporary name, under which to write the file: no half file is ever seen. Makes its folder, too."""
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CannotWrite(f"{path}: cannot be written ({error.strerror or error}): make room, or name another place "
-                          "to write to (such as --out)") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-
-
-def read_source(folder):
-    """A folder of candidates or labels -> its source.json: {"images": Path of the folder of its images,
-    "class_names", "method", and what else they depend on}."""
-    path = Path(folder) / "source.json"
-    if not path.is_file():
-        raise BadInput(f"no {path}: {folder} holds no candidates: make them by mcg_candidates.py")
-    try:
-        source = json.loads(read_text(path))
-        return source | {"images": Path(folder) / source["images"], "class_names": list(source["class_names"]),
-                         "method": str(source["method"])}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{path}: not what mcg_candidates.py or grabcut_labels.py writes ({error}): delete {folder}, "
-                       "make it again") from None
-
-
-def check_classes(folder, names):
-    """Refuses a folder of labels that was made with other class names: its indices would mean other classes."""
-    there = read_source(folder)["class_names"] if (Path(folder) / "source.json").exists() else names
-    if there != names:
-        raise BadInput(f"{folder}: made with other class_names ({' '.join(there)}): delete it and make it again")
-
-
-def keep_apart(folders, inputs, files=()):
-    """Refuses folders and files to write to that are read from, and files to write in a folder that is read from."""
-    for out in filter(None, [*folders, *files]):
-        for source in filter(None, inputs):
-            for path in (out, out.parent) if out in files else (out,):
-                if path.exists() and source.exists() and path.samefile(source):
-                    raise BadInput(f"{out}: writing there would overwrite what is read from {source}: name another")
-# ==== end of shared block
-
-
-# ==== shared block "boxes of an annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
-def check_size(said, size, where):
-    """What an annotation says of its image's size, (width, height), against the image's own (H, W)."""
-    try:
-        said = [float(number or 0) for number in said]
-    except (TypeError, ValueError):  # "null", "unknown": nothing is said
-        return
-    # Off by one is let pass: some tools that wrote VOC files round a resized image's size up, others down, or take
-    # the last pixel's number for it; such boxes are off by a pixel at most. 0 and nothing are what others write.
-    if any(number > 0 and abs(number - pixels) > 1 for number, pixels in zip(said, size[::-1])):
-        turned = abs(said[0] - size[0]) <= 1 and abs(said[1] - size[1]) <= 1
-        raise BadInput(f"{where}: says {said[0]:g}x{said[1]:g}, but the image is {size[1]}x{size[0]}: " + (
-            "if EXIF turns it and the boxes do not, take the orientation out (exiftool -Orientation= FILE), otherwise "
-            "correct the size" if turned else "annotate it as it is, or put back the image that was annotated"))
-
-
-def clip_box(corners, size, where):
-    """Corners x0, y0, x1, y1 (0-based, half-open, any order of magnitude) -> the four ints, clipped to (H, W)."""
-    x0, y0, x1, y1 = corners
-    height, width = size
-    clipped = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
-    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
-        raise BadInput(f"{where}: box {x0} {y0} {x1} {y1} has no area inside the {width}x{height} image: fix it")
-    return clipped
-
-
-def only(parent, tag, where):
-    """The text of the one child of that name, "" where there is none; of two, neither may be dropped."""
-    found = parent.findall(tag)
-    if len(found) > 1:
-        raise BadInput(f"{where}: <{parent.tag}> has several <{tag}>: write an <object> of its own for each box")
-    return (found[0].text or "").strip() if found else ""
-# ==== end of shared block
-
-
-# ==== shared block "a VOC annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
-def read_boxes(xml_path, names, size):
-    """A VOC annotation -> boxes (K, 4) int32 x0, y0, x1, y1 (0-based, half-open, clipped) and classes (K,) uint8.
-
-    names: class_names(...), background first; size: (H, W) of the image, None: unknown. VOC's corners are 1-based and
-    inclusive, some are floats. Raises BadInput.
-    """
-    # PAPER SILENT: objects marked difficult (161 of the 899 boxes of VOC's 2007 train images), in both papers. They are
-    # kept: they are there in the image, and what lies outside of all boxes is to be background.
-    try:
-        root = ElementTree.parse(xml_path).getroot()
-    except FileNotFoundError:
-        raise BadInput(f"no annotation {xml_path}") from None
-    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
-        raise BadInput(f"{xml_path}: not readable XML ({error}): export it again or take its id off the list") from None
-    things = root.findall("object")  # direct children only, here and below: a <part> inside is no object
-    # A web page, CVAT's own XML, objects in a wrapper or a namespace, <Object>: to find nothing there would be wrong.
-    tags = [element.tag.rpartition("}")[2].lower() for element in root.iter()]
-    held = sum(len(root.findall(path)) for path in ("object/bndbox", "object/part/bndbox"))
-    if root.tag != "annotation" or tags.count("object") > len(things) or tags.count("bndbox") > held:
-        raise BadInput(f"{xml_path}: <{root.tag}> is not VOC's form, in which <annotation> holds each <object> and "
-                       "that its <bndbox>: export it as Pascal VOC")
-    for element in root.findall("size") if size else ():
-        check_size((only(element, "width", xml_path), only(element, "height", xml_path)), size, xml_path)
-    boxes, classes = [], []
-    for thing in things:
-        if not (len(thing) or thing.attrib or (thing.text or "").strip()):
-            continue  # <object/>: how some say that there is none
-        name = only(thing, "name", xml_path)
-        if name not in names[1:]:
-            raise BadInput(f"{xml_path}: " + (f"unknown class {name!r}" if name else "an object without a name")
-                           + f"; known are {', '.join(names[1:])}"
-                           + f" ({name} is the background: the first of class_names.txt)" * (name == names[0])
-                           + "; other classes: name them in class_names.txt beside JPEGImages, one a line, background "
-                           "first" * (names == VOC_CLASSES))
-        only(thing, "bndbox", xml_path)
-        for attribute in thing.findall("attributes/attribute"):  # CVAT's: how far the box is turned about its centre
-            if attribute.findtext("name") == "rotation" and (attribute.findtext("value") or "").strip("0. "):
-                raise BadInput(f"{xml_path}: a {name} whose box is turned by {attribute.findtext('value')} degrees: "
-                               "export it as COCO, for grabcut_labels.py --coco, which takes the upright box around it")
-        try:
-            box = thing.find("bndbox")
-            corners = [float(only(box, key, xml_path)) for key in ("xmin", "ymin", "xmax", "ymax")]
-            xmin, ymin, xmax, ymax = (int(np.floor(corner + 0.5)) for corner in corners)  # int() refuses nan and inf
-        except (AttributeError, ValueError, OverflowError):
-            raise BadInput(f"{xml_path}: a {name} without xmin, ymin, xmax, ymax in its bndbox: fix it") from None
-        if max(corners) <= 1 and min(corners) < 1:
-            raise BadInput(f"{xml_path}: the box {corners} lies in 0..1, as a share of the image: expected pixels")
-        boxes.append(clip_box((xmin - 1, ymin - 1, xmax, ymax), size or (2 ** 31 - 1,) * 2, xml_path))
-        classes.append(names.index(name))
-    return np.array(boxes, np.int32).reshape(-1, 4), np.array(classes, np.uint8)
-
-
-def require_a_box(paths, names):
-    """Refuses annotations that together hold no box; reads them up to the first that does, or that cannot be read."""
-    count = 0
-    try:
-        for count, path in enumerate(paths, 1):
-            if len(read_boxes(path, names, None)[0]):
-                return
-    except BadInput:
-        return  # it is reported with its image
-    if count:
-        raise BadInput(f"{path}: no object in it, nor in any other of the list ({count}): export the boxes again")
-# ==== end of shared block
-
-
-# ==== shared block "boxes to a map": equal to the byte in grabcut_labels.py and mcg_candidates.py
-def larger_first(boxes):
-    """Order in which boxes are painted, so that the smaller one ends up on top (Box2Seg, Sect. 3.1)."""
-    boxes = np.asarray(boxes, np.int64).reshape(-1, 4)
-    # PAPER SILENT: what a box's size is; its area inside the image, and of two equal ones the later annotated is on top
-    return np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
-
-
-def box_mask(boxes, classes, size):
-    """Boxes (K, 4), classes (K,), size (H, W) -> B, (H, W) uint8: the smallest surrounding box's class, 0 in none."""
-    mask = np.zeros(size, np.uint8)
-    for k in larger_first(boxes):
-        x0, y0, x1, y1 = boxes[k]
-        mask[y0:y1, x0:x1] = classes[k]
-    return mask
-# ==== end of shared block
-
 
 # ---- Multiscale Combinatorial Grouping
 # Arbelaez, Pont-Tuset, Barron, Marques, Malik, "Multiscale Combinatorial Grouping", CVPR 2014: contours at several
@@ -1080,6 +714,374 @@ def read_candidates(path, size=None, num_classes=None):
     if num_classes is not None and (worst := found["classes"].max(initial=0)) >= num_classes:
         raise BadInput(f"{path}: holds class {worst}, but there are {num_classes} classes: check class_names.txt")
     return found
+
+
+# ---------------------------------------------------------------- VOC's files: lists, images, label maps, annotations
+# ==== shared block "VOC on disk": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+VOC_CLASSES = ("background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+               "person pottedplant sheep sofa train tvmonitor").split()
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message is one line that names the file and the remedy."""
+
+
+class CannotWrite(BadInput):
+    """A full disk or a folder that may not be written: the end of a job that goes on after a single bad image."""
+
+
+def find_voc(data):
+    """--data (a VOCdevkit, or the VOC2012 folder in it) -> Path of the folder that holds JPEGImages."""
+    for folder in (Path(data), Path(data) / "VOC2012", Path(data) / "VOCdevkit" / "VOC2012"):
+        try:
+            if (folder / "JPEGImages").is_dir():
+                return folder
+        except PermissionError:
+            raise BadInput(f"{folder}: may not be read: ask its owner, or copy the data") from None
+    raise BadInput(f"no VOC data in {data}: expected {data}/VOC2012/JPEGImages")
+
+
+def read_text(path):
+    """A text file -> str, lines end in "\\n". UTF-8 whatever the system, or UTF-16, which needs its byte order mark."""
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        text = "\0"
+    if "\0" in text:
+        raise BadInput(f"{path}: not text in UTF-8: save it in that encoding")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_names(path):
+    """A file of class names, one a line, background first -> list."""
+    names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
+    if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
+        raise BadInput(f"{path}: expected 2 to 255 different names, one a line, background first")
+    return names
+
+
+def class_names(voc):
+    """VOC's 21 names, or those of a class_names.txt beside JPEGImages (one a line, background first)."""
+    path = Path(voc) / "class_names.txt"
+    return read_names(path) if path.exists() else list(VOC_CLASSES)
+# ==== end of shared block
+
+
+# ==== shared block "ids of images": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+ENDINGS = ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"  # of images, in small letters or in capitals
+
+
+def image_id(text, where):
+    """What a list calls an image -> its id: the image's path below JPEGImages without its ending, as in day1/a."""
+    endings, name = "|".join(ENDINGS).replace(".", r"\."), text
+    if columns := re.fullmatch(rf"(.+?)({endings})\s+(.*[/\\])?(.+)\.(png|xml)", name, re.I):  # DeepLab's lists
+        name = columns[1]
+        if re.split(r"[/\\]", name)[-1] != columns[4]:
+            raise BadInput(f"{where}: {text[:99]!r} are two names: expected one image a line")
+    name = re.sub(r"^(\./)?(/?((VOCdevkit/)?VOC2012/)?JPEGImages/)?", "", name.replace("\\", "/"))
+    parts = re.sub(rf"({endings})$", "", name, flags=re.I).split("/")
+    long = max(len(part.encode("utf-8", "replace")) for part in parts) > 230  # with an ending too long for a file name
+    if long or {"", ".", ".."} & set(parts) or parts[0][1:2] == ":":
+        raise BadInput(f"{where}: {text[:99]!r} is no id: expected an image's name, or its path below JPEGImages")
+    return "/".join(parts)
+
+
+def read_list(path):
+    """An ImageSets list -> image ids in order: see image_id(). One a line, which may hold spaces."""
+    if not Path(path).exists():
+        raise BadInput(f"no image list {path}: write one id a line (file names without .jpg)")
+    lines = [line.strip() for line in read_text(path).split("\n") if line.strip()]
+    unflagged = {re.sub(r"\s+(-1|0|1)$", "", line) for line in lines}
+    if lines and len(unflagged) == len(lines) and unflagged.isdisjoint(lines):
+        raise BadInput(f"{path}: a second column of 1, 0, -1, as in VOC's lists of one class (dog_train.txt): keep the "
+                       "lines that you want, and only their ids")
+    ids = [image_id(line, path) for line in lines]
+    if not ids or len(set(ids)) < len(ids):
+        raise BadInput(f"{path}: " + ("names an id twice" if ids else "is empty") + ": expected one id a line")
+    return ids
+
+
+def find_image(folder, name):
+    """The image of an id, whatever its ending (where there is none, what .jpg would be called). Two are refused."""
+    paths = [Path(folder) / f"{name}{ending}" for small in ENDINGS for ending in (small, small.upper())]
+    found = [path for path in paths if path.is_file()] or paths[:1]
+    for other in found[1:]:
+        if not other.samefile(found[0]):  # it is where capitals do not count
+            raise BadInput(f"{found[0]} and {other.name} have one id: rename one, or move it out of {folder}")
+    return found[0]
+# ==== end of shared block
+
+
+# ==== shared block "an image": equal to the byte in crf.py, evaluate.py, grabcut_labels.py and mcg_candidates.py
+UPRIGHT = dict(enumerate(("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE",
+                          "ROTATE_90"), 2))  # EXIF's orientation -> how Pillow undoes it
+
+
+def orientation(exif):
+    """EXIF's bytes -> its orientation, or None. Pillow reads all other tags, too, and an odd one hides this from it."""
+    exif = exif.removeprefix(b"Exif\0\0")
+    order = "<" if exif[:2] == b"II" else ">"
+    try:
+        start, = struct.unpack_from(order + "I", exif, 4)
+        for entry in range(start + 2, start + 2 + 12 * struct.unpack_from(order + "H", exif, start)[0], 12):
+            tag, kind = struct.unpack_from(order + "HH", exif, entry)
+            if tag == 0x0112:
+                return struct.unpack_from(order + ("I" if kind == 4 else "H"), exif, entry + 8)[0]
+    except struct.error:  # cut off
+        pass
+    return None
+
+
+def read_image(path):
+    """An image file -> (H, W, 3) uint8 RGB, turned upright where EXIF says so."""
+    try:
+        with Image.open(path) as file:
+            file.verify()  # a PNG's checksums, which load() does not look at; other formats have none
+        with Image.open(path) as file:
+            deep = any(depth in str(file.tile) for depth in (";16B", ";16L", ";16N"))  # where mode may say RGB, too
+            file.load()  # raises on a cut-off JPEG; turns a TIFF itself
+            mode, image, turn = file.mode, file.convert("RGB"), UPRIGHT.get(orientation(file.info.get("exif", b"")))
+    except FileNotFoundError:
+        raise BadInput(f"no image {path}") from None
+    except Exception as error:  # broken bytes make decoders raise nearly anything
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise BadInput(f"{path}: not a readable image ({why}): replace it or take its id off the list") from None
+    if mode[0] in "IF" or deep:  # what their black and white are is not said; Pillow would cut at 255, or the low byte
+        raise BadInput(f"{path}: its pixels have more than 8 bits ({mode}): save it with 8 bits a channel")
+    return np.array(image.transpose(Image.Transpose[turn]) if turn else image)
+# ==== end of shared block
+
+
+# ==== shared block "label maps": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+def voc_palette():
+    """VOC's colours, (256, 3) uint8: bits 0, 1, 2 of the index give the high bit of R, G, B, bits 3, 4, 5 the next."""
+    bits = [[(np.arange(256) >> (3 * k + c) & 1) << (7 - k) for k in range(3)] for c in range(3)]
+    return np.array(bits).sum(1).T.astype(np.uint8)
+
+
+def read_label(path, size=None, num_classes=None):
+    """A label PNG -> (H, W) uint8 class index per pixel, 255 ignored. size is (H, W) of the image it belongs to."""
+    try:
+        with Image.open(path, formats=["PNG"]) as png:  # a JPEG's indices would be blurred
+            png.verify()  # its checksums
+        with Image.open(path) as png:
+            depth = png.tile[0][3].rpartition(";")[2]  # bits a pixel where they are fewer than 8
+            labels = np.array(png.convert("L") if png.mode == "1" else png)  # of a palette PNG the indices
+            mode, palette = png.mode, np.array(png.getpalette() or [], np.uint8).reshape(-1, 3)
+    except FileNotFoundError:
+        raise BadInput(f"no label {path}") from None
+    except Exception as error:  # broken bytes make decoders raise nearly anything
+        raise BadInput(f"{path}: not a readable PNG ({' '.join(str(error).split())}): make it again") from None
+    if mode not in ("P", "L", "1"):
+        raise BadInput(f"{path}: a {mode} image, not class indices: save it as an 8-bit palette PNG")
+    if mode != "P" and depth in ("1", "2", "4"):
+        labels //= 255 // (2 ** int(depth) - 1)  # Pillow has spread them over 0..255
+    colours, classes = voc_palette(), [*range(num_classes or 21), 255]
+    if mode == "P" and not np.array_equal(palette, colours[:len(palette)]):  # then colours must not say another class
+        used = [index for index in np.flatnonzero(np.bincount(labels.ravel())) if index < len(palette)]
+        said = [[c for c in classes if np.array_equal(colours[c], palette[index])] for index in used]
+        if all(said) and sum(said, []) != used and len(set(map(tuple, said))) == len(used):
+            raise BadInput(f"{path}: its colours are VOC's, its indices are not: save it with VOC's palette in order")
+    if size is not None and labels.shape != tuple(size):
+        raise BadInput(f"{path}: {labels.shape[1]}x{labels.shape[0]}, its image {size[1]}x{size[0]}: make it again")
+    if num_classes is not None and (worst := labels[labels < 255].max(initial=0)) >= num_classes:
+        raise BadInput(f"{path}: holds class {worst}, but there are {num_classes} classes: check class_names.txt")
+    return labels
+
+
+def require_a_class(paths):
+    """Refuses label PNGs that together hold no class but background; reads them up to the first that does."""
+    count = 0
+    try:
+        for count, path in enumerate(paths, 1):
+            if (read_label(path) % 255).any():
+                return
+    except BadInput:
+        return  # it is reported with its image
+    if count:
+        raise BadInput(f"{path}: no class but background in it, nor in any of the list ({count}): expected classes' "
+                       "indices (255 is ignored: in masks of 0 and 255 replace it by the class's index)")
+
+
+def write_label(path, labels):
+    """(H, W) class indices -> 8-bit palette PNG."""
+    png = Image.fromarray(np.asarray(labels, np.uint8), "L")
+    png.putpalette(voc_palette().tobytes())  # makes it mode P, indices unchanged
+    with writing(path) as temporary:
+        png.save(temporary, "PNG")
+# ==== end of shared block
+
+
+# ==== shared block "what was made": equal to the byte in evaluate.py, grabcut_labels.py and mcg_candidates.py
+@contextlib.contextmanager
+def writing(path):
+    """A temporary name, under which to write the file: no half file is ever seen. Makes its folder, too."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CannotWrite(f"{path}: cannot be written ({error.strerror or error}): make room, or name another place "
+                          "to write to (such as --out)") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def read_source(folder):
+    """A folder of candidates or labels -> its source.json: {"images": Path of the folder of its images,
+    "class_names", "method", and what else they depend on}."""
+    path = Path(folder) / "source.json"
+    if not path.is_file():
+        raise BadInput(f"no {path}: {folder} holds no candidates: make them by mcg_candidates.py")
+    try:
+        source = json.loads(read_text(path))
+        return source | {"images": Path(folder) / source["images"], "class_names": list(source["class_names"]),
+                         "method": str(source["method"])}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise BadInput(f"{path}: not what mcg_candidates.py or grabcut_labels.py writes ({error}): delete {folder}, "
+                       "make it again") from None
+
+
+def check_classes(folder, names):
+    """Refuses a folder of labels that was made with other class names: its indices would mean other classes."""
+    there = read_source(folder)["class_names"] if (Path(folder) / "source.json").exists() else names
+    if there != names:
+        raise BadInput(f"{folder}: made with other class_names ({' '.join(there)}): delete it and make it again")
+
+
+def keep_apart(folders, inputs, files=()):
+    """Refuses folders and files to write to that are read from, and files to write in a folder that is read from."""
+    for out in filter(None, [*folders, *files]):
+        for source in filter(None, inputs):
+            for path in (out, out.parent) if out in files else (out,):
+                if path.exists() and source.exists() and path.samefile(source):
+                    raise BadInput(f"{out}: writing there would overwrite what is read from {source}: name another")
+# ==== end of shared block
+
+
+# ==== shared block "boxes of an annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def check_size(said, size, where):
+    """What an annotation says of its image's size, (width, height), against the image's own (H, W)."""
+    try:
+        said = [float(number or 0) for number in said]
+    except (TypeError, ValueError):  # "null", "unknown": nothing is said
+        return
+    # Off by one is let pass: some tools that wrote VOC files round a resized image's size up, others down, or take
+    # the last pixel's number for it; such boxes are off by a pixel at most. 0 and nothing are what others write.
+    if any(number > 0 and abs(number - pixels) > 1 for number, pixels in zip(said, size[::-1])):
+        turned = abs(said[0] - size[0]) <= 1 and abs(said[1] - size[1]) <= 1
+        raise BadInput(f"{where}: says {said[0]:g}x{said[1]:g}, but the image is {size[1]}x{size[0]}: " + (
+            "if EXIF turns it and the boxes do not, take the orientation out (exiftool -Orientation= FILE), otherwise "
+            "correct the size" if turned else "annotate it as it is, or put back the image that was annotated"))
+
+
+def clip_box(corners, size, where):
+    """Corners x0, y0, x1, y1 (0-based, half-open, any order of magnitude) -> the four ints, clipped to (H, W)."""
+    x0, y0, x1, y1 = corners
+    height, width = size
+    clipped = max(x0, 0), max(y0, 0), min(x1, width), min(y1, height)
+    if clipped[0] >= clipped[2] or clipped[1] >= clipped[3]:
+        raise BadInput(f"{where}: box {x0} {y0} {x1} {y1} has no area inside the {width}x{height} image: fix it")
+    return clipped
+
+
+def only(parent, tag, where):
+    """The text of the one child of that name, "" where there is none; of two, neither may be dropped."""
+    found = parent.findall(tag)
+    if len(found) > 1:
+        raise BadInput(f"{where}: <{parent.tag}> has several <{tag}>: write an <object> of its own for each box")
+    return (found[0].text or "").strip() if found else ""
+# ==== end of shared block
+
+
+# ==== shared block "a VOC annotation": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def read_boxes(xml_path, names, size):
+    """A VOC annotation -> boxes (K, 4) int32 x0, y0, x1, y1 (0-based, half-open, clipped) and classes (K,) uint8.
+
+    names: class_names(...), background first; size: (H, W) of the image, None: unknown. VOC's corners are 1-based and
+    inclusive, some are floats. Raises BadInput.
+    """
+    # PAPER SILENT: objects marked difficult (161 of the 899 boxes of VOC's 2007 train images), in both papers. They are
+    # kept: they are there in the image, and what lies outside of all boxes is to be background.
+    try:
+        root = ElementTree.parse(xml_path).getroot()
+    except FileNotFoundError:
+        raise BadInput(f"no annotation {xml_path}") from None
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
+        raise BadInput(f"{xml_path}: not readable XML ({error}): export it again or take its id off the list") from None
+    things = root.findall("object")  # direct children only, here and below: a <part> inside is no object
+    # A web page, CVAT's own XML, objects in a wrapper or a namespace, <Object>: to find nothing there would be wrong.
+    tags = [element.tag.rpartition("}")[2].lower() for element in root.iter()]
+    held = sum(len(root.findall(path)) for path in ("object/bndbox", "object/part/bndbox"))
+    if root.tag != "annotation" or tags.count("object") > len(things) or tags.count("bndbox") > held:
+        raise BadInput(f"{xml_path}: <{root.tag}> is not VOC's form, in which <annotation> holds each <object> and "
+                       "that its <bndbox>: export it as Pascal VOC")
+    for element in root.findall("size") if size else ():
+        check_size((only(element, "width", xml_path), only(element, "height", xml_path)), size, xml_path)
+    boxes, classes = [], []
+    for thing in things:
+        if not (len(thing) or thing.attrib or (thing.text or "").strip()):
+            continue  # <object/>: how some say that there is none
+        name = only(thing, "name", xml_path)
+        if name not in names[1:]:
+            raise BadInput(f"{xml_path}: " + (f"unknown class {name!r}" if name else "an object without a name")
+                           + f"; known are {', '.join(names[1:])}"
+                           + f" ({name} is the background: the first of class_names.txt)" * (name == names[0])
+                           + "; other classes: name them in class_names.txt beside JPEGImages, one a line, background "
+                           "first" * (names == VOC_CLASSES))
+        only(thing, "bndbox", xml_path)
+        for attribute in thing.findall("attributes/attribute"):  # CVAT's: how far the box is turned about its centre
+            if attribute.findtext("name") == "rotation" and (attribute.findtext("value") or "").strip("0. "):
+                raise BadInput(f"{xml_path}: a {name} whose box is turned by {attribute.findtext('value')} degrees: "
+                               "export it as COCO, for grabcut_labels.py --coco, which takes the upright box around it")
+        try:
+            box = thing.find("bndbox")
+            corners = [float(only(box, key, xml_path)) for key in ("xmin", "ymin", "xmax", "ymax")]
+            xmin, ymin, xmax, ymax = (int(np.floor(corner + 0.5)) for corner in corners)  # int() refuses nan and inf
+        except (AttributeError, ValueError, OverflowError):
+            raise BadInput(f"{xml_path}: a {name} without xmin, ymin, xmax, ymax in its bndbox: fix it") from None
+        if max(corners) <= 1 and min(corners) < 1:
+            raise BadInput(f"{xml_path}: the box {corners} lies in 0..1, as a share of the image: expected pixels")
+        boxes.append(clip_box((xmin - 1, ymin - 1, xmax, ymax), size or (2 ** 31 - 1,) * 2, xml_path))
+        classes.append(names.index(name))
+    return np.array(boxes, np.int32).reshape(-1, 4), np.array(classes, np.uint8)
+
+
+def require_a_box(paths, names):
+    """Refuses annotations that together hold no box; reads them up to the first that does, or that cannot be read."""
+    count = 0
+    try:
+        for count, path in enumerate(paths, 1):
+            if len(read_boxes(path, names, None)[0]):
+                return
+    except BadInput:
+        return  # it is reported with its image
+    if count:
+        raise BadInput(f"{path}: no object in it, nor in any other of the list ({count}): export the boxes again")
+# ==== end of shared block
+
+
+# ==== shared block "boxes to a map": equal to the byte in grabcut_labels.py and mcg_candidates.py
+def larger_first(boxes):
+    """Order in which boxes are painted, so that the smaller one ends up on top (Box2Seg, Sect. 3.1)."""
+    boxes = np.asarray(boxes, np.int64).reshape(-1, 4)
+    # PAPER SILENT: what a box's size is; its area inside the image, and of two equal ones the later annotated is on top
+    return np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]), kind="stable")
+
+
+def box_mask(boxes, classes, size):
+    """Boxes (K, 4), classes (K,), size (H, W) -> B, (H, W) uint8: the smallest surrounding box's class, 0 in none."""
+    mask = np.zeros(size, np.uint8)
+    for k in larger_first(boxes):
+        x0, y0, x1, y1 = boxes[k]
+        mask[y0:y1, x0:x1] = classes[k]
+    return mask
+# ==== end of shared block
 
 
 # ---------------------------------------------------------------- boxes from COCO (Tables 1, 4, 5)
