@@ -18,6 +18,9 @@ Writes  VOC2012/BoxMasks/<id>.png and VOC2012/GrabCutMasks/<id>.png: 8-bit PNG i
     B(i) = c   pixel i lies in a box of class c (in the smallest such box, where boxes overlap); 0 in no box
     M(i) = c   GrabCut, run once for each box, takes pixel i for foreground in a box of class c (the smallest such box)
 
+box_mask() and grabcut(), at the top, are the concept; the rest runs them over lists of images, counts filling rates,
+reads VOC's files, and brings boxes of one's own into VOC's form.
+
 With --coco or --yolo it first writes what it otherwise reads, and import.json, which says what it was made from.
 What exists is kept: a second run makes only what is missing, so a run may be interrupted at any time. Delete a folder
 to make it anew. Expect about 0.12 s a box on one core; no truth is read, so evaluate.py --labels shows how good M is.
