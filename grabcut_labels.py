@@ -1204,8 +1204,11 @@ def read_yolo_export(labels, folder, images, names_file, notes, failed):
     names, splits, keypoints = read_yolo_names(file, notes)
     others = {}
     for path in filter(Path.is_file, usual):
-        with contextlib.suppress(*[BadInput] * bool(names_file)):       # a broken one is a reason to give --class-names
+        try:
             others[path] = read_yolo_names(path, Counter())[0]
+        except BadInput:
+            if not names_file:                                          # a broken one is a reason to give --class-names
+                raise
     for other, theirs in others.items():
         if not names_file and theirs != names:
             raise BadInput(f"{file} and {other} name different classes, or in another order: give the right one by "

@@ -21,7 +21,7 @@ Writes  VOC2012/Candidates-mcg/<id>.npz (-ss, -gop), 3,500 segments at most, bes
     source.json      {"images": the images' folder, seen from this one; "class_names": [...]; "method": ...;
                      "boxes": "Annotations" or the JSON's name; "max_candidates": ...}: a run with others is refused
 
-mcg(), selective_search() and geodesic() come first; the rest reads VOC's and COCO's files and runs them over lists.
+mcg(), selective_search() and geodesic() come first; the rest reads files and runs these over lists of images.
 
 A segment has no class yet: which one a box takes is the training's affair (train_boxsup.py, Eq. 2 to 4). The segments
 come from the pixels alone. No learned model is shipped: the published MCG reads contours from a structured forest and
