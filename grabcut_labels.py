@@ -324,9 +324,10 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     cores, with a progress bar on stderr.
 
     voc: folder with JPEGImages; out: see label_paths; workers: threads (default: one per core); detect: None for the
-    annotation's boxes, or a function image -> boxes, classes; options: some of GRABCUT. Returns {"made", "skipped":
-    counts of images, "boxes": count, "classes": {name: count of boxes}, "fallbacks": {reason: count of boxes}, "notes":
-    see say_notes, "failures": ["id: what is wrong"], "source": what the labels depend on}.
+    annotation's boxes, or a function image -> boxes, classes; options: some of GRABCUT. Returns {"made",
+    "corrected" (of these: in place of older labels), "skipped": counts of images, "boxes": count, "classes": {name:
+    count of boxes}, "fallbacks": {reason: count of boxes}, "notes": see say_notes, "failures": ["id: what is wrong"],
+    "source": what the labels depend on}.
     """
     voc, names, folders = Path(voc), class_names(voc), label_paths(voc, out, detect is not None)
     boxes_from = "Annotations" if detect is None else getattr(detect, "source", "detector")
@@ -349,8 +350,8 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
                 write_label(folder / f"{image_id}.png", labels)     # B last, since corrected() reads its time
         return classes, fallbacks
 
-    summary = {"made": 0, "skipped": 0, "boxes": 0, "classes": Counter(), "fallbacks": Counter(), "notes": {},
-               "failures": [], "source": {"class_names": names, "boxes": boxes_from, **options}}
+    summary = {"made": 0, "corrected": 0, "skipped": 0, "boxes": 0, "classes": Counter(), "fallbacks": Counter(),
+               "notes": {}, "failures": [], "source": {"class_names": names, "boxes": boxes_from, **options}}
     threads_before = cv2.getNumThreads()
     cv2.setNumThreads(1)  # each image on one core; OpenCV lets go of Python's lock, so threads serve as processes would
     workers = workers or os.cpu_count()
@@ -375,7 +376,10 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
 
     def submit(image_id):
         made = all((folder / f"{image_id}.png").exists() for folder in folders)
-        return None if made and not corrected(image_id) else pool.submit(label, image_id)
+        if made and not corrected(image_id):
+            return None
+        summary["corrected"] += made
+        return pool.submit(label, image_id)
 
     try:
         with tqdm(total=len(ids), desc="B and M", unit="image", disable=None if ids else True) as bar:

@@ -124,7 +124,7 @@ def attention_weighted_loss(logits, alpha, box_labels):
 
 
 def attention_box_loss(alpha, box_labels):
-    """Box2Seg Eq. 6: attention is to fill the box. Without this or the next, alpha = 0 would minimize Eq. 3.
+    """Box2Seg Eq. 6: attention is to fill the box. Without this or L_alpha^fr, alpha = 0 would minimize Eq. 3.
 
         L_alpha^bbox = sum_i sum_c  || B(i, c) - alpha(i, c) ||^2                       c = 1..L
 

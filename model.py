@@ -752,10 +752,10 @@ def predict(model, image, scales=(1.0,), flip=False):
 
 # ---- around a network: what both trainings need besides their algorithm ---------------------------------------------
 #
-# Nothing below is in the papers, except the fine-tuning for which initialize() is there (BoxSup, Sect. 5.2). In the
-# order in which a training needs them: arguments, processes and devices, mixed precision, checkpoints, the log, random
-# views and batches, a step of SGD, validation, and Progress, which hands out the batches and does between two steps
-# what has to be done.
+# Nothing below is an algorithm of the papers, except SGD and the fine-tuning for which initialize() is there (Box2Seg,
+# Sect. 4.5; BoxSup, Sect. 5.2). In the order in which a training needs them: arguments, processes and devices, mixed
+# precision, checkpoints, the log, random views and batches, a step of SGD, validation, and Progress, which hands out
+# the batches and does between two steps what has to be done.
 
 class Interrupted(Exception):
     """Ctrl-C or a polite kill: the step was finished and saved. The message says where, "after step 5 of 9"."""
@@ -848,6 +848,8 @@ def resume_run(args, given, out, may_differ):
     saved = load_checkpoint(out / "last.pt")
     if vars(args).keys() != saved["args"].keys():
         raise BadInput(f"{out / 'last.pt'}: not a run of this script, or not of this version: start another --out")
+    if given.get("overwrite"):
+        raise BadInput("--resume goes on, --overwrite starts anew: give one of them")
     free = {"out", "resume", "overwrite", "data", "device", "workers", "log_every", "save_every", *may_differ}
     for name, value in given.items():
         if name not in free and value not in (saved["args"][name], "auto"):     # --amp auto: saved is what it became
@@ -856,11 +858,18 @@ def resume_run(args, given, out, may_differ):
     return saved, argparse.Namespace(**(saved["args"] | {name: given[name] for name in given if name in free}))
 
 
+def say_without_effect(names, given, why):
+    """A line for flags that were given, and that this run does not look at."""
+    if idle := [f"--{name.replace('_', '-')}" for name, value in given.items() if name in names and value]:
+        print_rank0(f"{' '.join(idle)}: without effect, {why}")
+
+
 def check_arguments(args, device, out, more):
     """What can be seen to be wrong before any work is done. more: the script's own (is it right?, message) pairs."""
     for ok, message in [
         (not args.freeze_bn or args.pretrained or args.weights or args.init,
          "--freeze-bn: a network from scratch has no statistics to keep; give --no-freeze-bn"),
+        (args.resume or not (args.init and args.weights), "--weights: --init brings all weights; give one of them"),
         (args.crop >= 32, f"--crop {args.crop}: expected 32 or more"),
         (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX"),
         (min(args.workers, args.seed, args.clip_norm, args.encoder_lr) >= 0,
@@ -955,8 +964,8 @@ def mixed_precision(amp, device):
     """--amp -> (what "auto" means here, the autocast context, the scaler of the gradients, which does nothing but for
     fp16)."""
     # PAPER SILENT: the precision of training, float32 in both papers' years. bf16 is the default where the hardware
-    # multiplies it: it needs no loss scaling and halves the memory; scores stay float32. Not measured: what it costs in
-    # mIoU on VOC.
+    # multiplies it: it needs no loss scaling and halves the memory; scores stay float32 (which on recent GPUs cuDNN's
+    # convolutions round to TF32, as is PyTorch's default). Not measured: what it costs in mIoU on VOC.
     if amp == "auto":
         native = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
                   getattr(torch.cpu, "get_capabilities", dict)().get("avx512_bf16", False))  # unknown to an old PyTorch
@@ -974,6 +983,10 @@ def place_network(network, args, saved, names, device):
         network.load_state_dict(saved["model"])
     elif args.init:
         print_rank0(initialize(network, args.init, names))
+    elif args.freeze_bn and (bare := [name for name in (network.weights_report or {}).get("missing", [])
+                                      if name.endswith("running_mean")]):
+        raise BadInput(f"--freeze-bn: {args.weights} has no statistics for {len(bare)} BatchNorm layers ({bare[0]}): "
+                       "give --no-freeze-bn")
     if args.freeze_bn:
         network.freeze_batch_norm()
     share = args.batch_size // rank_and_world()[1]
@@ -1037,7 +1050,7 @@ def load_checkpoint(path):
 def initialize(network, path, names):
     """--init: take over every tensor that fits -> what starts fresh. Of other classes the last layers do."""
     # PAPER SILENT: with which schedule BoxSup fine-tunes on PASCAL-Context (Sect. 5.2). As any other training: the
-    # recipe's epochs and rates, all layers taken over but the last, whose rate is that of a new layer.
+    # recipe's epochs and rates, with that of a new layer for the last one, which starts fresh where classes differ.
     saved = load_checkpoint(path)
     kind, own = (arch.get("backbone", "vgg16") for arch in (saved["arch"], network.arch))
     if kind != own:
@@ -1184,7 +1197,7 @@ def evaluating(network):
     if dist.is_initialized():     # batch norm's running statistics differ by process; rank 0's are those that get saved
         for buffer in network.buffers():
             dist.broadcast(buffer, 0)
-        dist.barrier()            # process 0 may still be saving files that come next
+        dist.barrier()            # process 0 may still be saving last.pt; BoxSup's next masks have to wait for it
     network.eval()
     try:
         yield

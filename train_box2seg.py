@@ -37,8 +37,8 @@ from grabcut_labels import class_names, find_image, find_voc, read_image, read_l
 from model import (BACKBONES, BadInput, Box2SegNet, Interrupted, Progress, add_common_arguments, barrier,
                    catch_interrupts, check_arguments, check_images, download_voc, finish, in_parallel, make_optimizer,
                    mixed_precision, normalize, parse, pick_device, place_network, print_rank0, random_crop,
-                   rank_and_world, resume_run, run_script, save_checkpoint, seed_of, sgd_step, start_log,
-                   start_processes, to_cells, validate)
+                   rank_and_world, resume_run, run_script, save_checkpoint, say_without_effect, seed_of, sgd_step,
+                   start_log, start_processes, to_cells, validate)
 
 # What --loss trains on. Table 3: Box 59.3, GrabCut 72.7, Affinity 73.9, AW-box 74.1, AW-fr 74.6, Box2Seg 74.9 mIoU.
 # Table 4: mask 73.6, mask-aw 75.1.
@@ -79,6 +79,8 @@ FIXED = ("aw-mask", "aw-one")       # rows whose attention is given, so that no 
 # fresh, pyramid and decoders, has ten times as much, as DeepLab's last layer. In shorter runs with the paper's product
 # of steps and rate one rate for all gave 10.1 mIoU on 21 classes, ten times as much for the fresh layers gave 44.3
 # (docs/results.md, "The printed learning rate"). "printed" has 1e-4 for all. Not measured: with ResNet-101.
+# With --init (Table 5) these layers keep their rate, though they are not new: with a tenth of it 5 % of the masks
+# harmed less, and all of them helped less (docs/results.md, "Table 5").
 # PAPER SILENT: a setting for photographs without a large GPU; "photos" is ours: an encoder that a laptop can train,
 # which knows its classes from ImageNet, and so keeps its BatchNorm and learns at a tenth of the rate; lambda_AW 0.3
 # and lambda_alpha 1.5 are chosen on photographs held out of training (docs/results.md, "Weights of the losses").
@@ -158,7 +160,8 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
 
 
 def mean_fill(alpha, B):
-    """What attention fills of a box: Eq. 8, mean over the classes that have boxes. alpha, B as for Eq. 8 -> scalar."""
+    """What attention fills of a box: Eq. 8, mean over the classes that have boxes, 0 in a batch without any. alpha, B
+    as for Eq. 8 -> scalar."""
     present = losses.fill_rate(B, B, alpha.shape[1] + 1)        # (N, L), 1 for a class with a box
     return losses.attention_fill_rate(alpha, B).sum() / present.sum().clamp(min=1)
 
@@ -278,7 +281,8 @@ def parse_arguments(argv):
     add("--loss", default="box2seg", choices=list(ROWS), help="row of Table 3 or 4; filling-rate: Song et al.; "
         "aw-mask, aw-one (ours): attention is GrabCut's mask, or 1 (default %(default)s)")
     add("--masks", type=float, default=1.0, metavar="FRACTION", help="train on the true masks of this fixed "
-        "random fraction of the images, with --loss mask (paper, Table 5: 0.05, 0.1, 1; default %(default)s)")
+        "random fraction of the images; without --loss it means --loss mask (paper, Table 5: 0.05, 0.1, 1; default "
+        "%(default)s)")
 
     add = parser.add_argument_group("network").add_argument
     add("--backbone", choices=BACKBONES, help="(paper: resnet101; default %(default)s)")
@@ -320,6 +324,8 @@ def check(args, device, out):
         (args.epochs >= 1, f"--epochs {args.epochs}: expected at least 1"),
         (min(args.pretrain_epochs, args.lambda_aw, args.lambda_alpha, args.lambda_a) >= 0,
          "--pretrain-epochs, --lambda-*: expected 0 or more"),
+        (0 <= args.gamma <= 1, f"--gamma {args.gamma}: expected a share, 0 to 1"),
+        (args.power >= 0, f"--power {args.power}: expected 0 or more"),
         (0 < args.pair_fraction <= 1, f"--pair-fraction {args.pair_fraction}: expected above 0 and at most 1"),
         (args.embedding_dim >= 1 and (args.width or 1) >= 1, "--embedding-dim, --width: expected 1 or more"),
         (0 < args.masks <= 1, f"--masks {args.masks}: expected a fraction of the images, above 0 and at most 1"),
@@ -329,6 +335,21 @@ def check(args, device, out):
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole run
 # ---------------------------------------------------------------------------------------------------------------------
+
+def without_effect(args):
+    """The arguments that this row does not look at."""
+    _, _, with_aw, regularizer, with_a = ROWS[args.loss]
+    names = {"label_dir"} if args.loss == "mask" else set()
+    if not with_a:
+        names |= {"lambda_a"}
+    if not with_a or not args.lambda_a:
+        names |= {"pretrain_epochs", "pair_fraction", "detach_targets", "embedding_dim"}
+    if not with_aw:
+        names |= {"lambda_aw"}
+    if not with_aw or not args.lambda_aw or args.loss in FIXED:
+        names |= {"lambda_alpha", "gamma"}
+    return names | ({"gamma"} if regularizer == "box" else set())
+
 
 def training_images(voc, args):
     """--split and --masks -> (ids, the file that names them)."""
@@ -357,6 +378,9 @@ def make_crops(voc, ids, list_file, num_classes, args, with_aw, saved):
             raise BadInput(f"{args.label_dir or voc}: the run had labels of {made_of}, not of {summary['source']}: "
                            "give the --label-dir that it had")
         made_of = summary["source"]
+        if saved and summary["corrected"]:
+            print_rank0(f"labels of {summary['corrected']} images were made anew, since their annotations are newer: "
+                        "from here on the run learns from these")
     barrier()
     crops = Crops(voc, Path(args.label_dir or voc), kinds, ids, num_classes, args.crop, tuple(args.scale), args.colour,
                   args.seed)
@@ -378,6 +402,7 @@ def main(argv):
     device = pick_device(args.device)
     check(args, device, out)
     device = start_processes(args, device)
+    say_without_effect(without_effect(args), given, f"with --loss {args.loss}")
 
     # ---- images and labels
     voc = open_data(args, saved)

@@ -9,8 +9,8 @@
     python train_boxsup.py --resume --out runs/boxsup                          # go on where it stopped, bit for bit
 
 Reads    VOC2012/{JPEGImages,Annotations,ImageSets/Segmentation}, Candidates-mcg/<id>.npz (made where missing, see
-         mcg_candidates.py), true masks to validate on, and for --supervision grabcut the GrabCutMasks of
-         grabcut_labels.py.
+         mcg_candidates.py), for --supervision grabcut the GrabCutMasks of grabcut_labels.py, true masks to validate
+         on, and to train on with --supervision masks and --masks-list, and the folders of --extra.
 Writes   in --out:
          masks/<id>.png     the masks that the network trains on now, made anew before each epoch (rectangles: once);
                             masks-1/, masks-2/ those of the --extra sets
@@ -52,8 +52,8 @@ from mcg_candidates import (check_classes, class_names, find_image, find_voc, la
 from model import (BACKBONES, BadInput, Box2SegNet, DeepLabVGG16, Interrupted, Progress, add_common_arguments, barrier,
                    catch_interrupts, check_arguments, check_images, download_voc, evaluating, finish, full_size_logits,
                    in_parallel, make_optimizer, mixed_precision, normalize, parse, pick_device, place_network,
-                   print_rank0, random_crop, rank_and_world, resume_run, run_script, save_checkpoint, seed_of, sgd_step,
-                   start_log, start_processes, to_cells, validate, write_log)
+                   print_rank0, random_crop, rank_and_world, resume_run, run_script, save_checkpoint,
+                   say_without_effect, seed_of, sgd_step, start_log, start_processes, to_cells, validate, write_log)
 
 # mIoU on val in the paper. Table 1: boxes only 62.0, 1,464 masks and 9,118 boxes 63.5, masks only 63.8.
 # Table 2: rectangles 52.3, GrabCut 55.2, without sampling (--top-k 1) 59.7. Table 3: SS 59.5, GOP 60.4, MCG 62.0.
@@ -536,6 +536,7 @@ def check(args, device, out):
          "--lambda-r, --head-lr, --show-images: expected 0 or more"),
         (not args.large_fov or args.backbone == "vgg16", "--large-fov goes with --backbone vgg16"),
         (not args.freeze_bn or args.backbone != "vgg16", "--freeze-bn: VGG-16 has no BatchNorm; give --no-freeze-bn"),
+        (not args.sync_bn or args.backbone != "vgg16", "--sync-bn: VGG-16 has no BatchNorm; leave it out"),
         (0 <= args.min_recognized <= 1, f"--min-recognized {args.min_recognized}: expected a share, 0 to 1"),
         (args.supervision != "masks" or not args.masks_list,
          "--masks-list: with --supervision masks all images have masks"),
@@ -613,9 +614,11 @@ def write_rectangles(images, indices, names, keep):
 
 
 def made_from(images, args, names):
-    """What choices and labels depend on, by which --resume notices other candidates or GrabCut masks: a fingerprint of
-    all candidates' boxes, and what the GrabCut masks' source.json says."""
+    """What choices and labels depend on, by which --resume notices other ones: of how many images each source is, and
+    what they learn from, a fingerprint of all candidates' boxes, and what the GrabCut masks' source.json says."""
     made, folder = {"proposals": 0}, Path(args.grabcut or images.voc / "GrabCutMasks")
+    made["sources"] = [(images.source_of.count(k), "candidates" if candidates else "labels" if labels else "truth")
+                       for k, (_, candidates, labels) in enumerate(images.sources)]
     for index in images.updated:
         try:
             with np.load(images.files(index)[2]) as file:
@@ -669,7 +672,7 @@ def main(argv):
     out = Path(args.out or f"runs/boxsup{'' if args.supervision == 'candidates' else '-' + args.supervision}")
     saved = None
     if args.resume:
-        saved, args = resume_run(args, given, out, may_differ={"candidates", "grabcut"})
+        saved, args = resume_run(args, given, out, may_differ={"candidates", "grabcut", "masks_list", "extra"})
     device = pick_device(args.device)
     check(args, device, out)
     device = start_processes(args, device)
@@ -680,6 +683,9 @@ def main(argv):
     images, list_file = training_images(voc, names, args, out)
     n, boxed = len(images.ids), images.updated
     check_images(images.ids, names, list_file, args, saved, out)
+    if args.supervision != "candidates" or not images.listed_boxes:
+        idle = set() if boxed else {"top_k", "warm_up", "min_recognized", "lambda_r", "show_epochs", "show_images"}
+        say_without_effect({"method"} | idle, given, "since no box of the list chooses a candidate")
     val_ids = validation_list(voc, args.val_split)      # before hours of candidates
     make_labels(images, names, list_file, args, out, saved)
     if len(boxed) < n:
@@ -687,8 +693,8 @@ def main(argv):
     made_of = made_from(images, args, names)
     # (A checkpoint of before there was one of these fingerprints lacks it.)
     if saved and any(saved.get("made_of", {}).get(key, value) != value for key, value in made_of.items()):
-        raise BadInput(f"{out / 'last.pt'}: the run had other candidates, boxes or GrabCut masks than these: give the "
-                       "--candidates, --grabcut that it had, or start another --out")
+        raise BadInput(f"{out / 'last.pt'}: the run had other candidates, boxes, true or GrabCut masks than these: "
+                       "give the --candidates, --grabcut, --masks-list, --extra that it had, or start another --out")
 
     # ---- network
     torch.manual_seed(args.seed)

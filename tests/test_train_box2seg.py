@@ -498,6 +498,36 @@ def test_masks_is_a_fixed_fraction(toy, tmp_path, whole_run, capsys):
     assert ids == other == sorted(set(ids)) and len(ids) == 6
 
 
+def test_a_run_that_goes_on_with_corrected_boxes_says_so(tmp_path, capsys):
+    make_toy_voc(data := tmp_path / "VOCdevkit", images=4, val=2, size=(48, 64), seed=3)
+    flags = "--loss", "grabcut", "--epochs", 1
+    assert train(data, tmp_path / "out", *flags) == 0
+    assert train(data, tmp_path / "out", *flags, "--resume") == 0
+    assert "made anew" not in capsys.readouterr().out
+    annotation = sorted((data / "VOC2012" / "Annotations").glob("toy_train*.xml"))[0]
+    xmin = re.search("<xmin>(.*?)</xmin>", annotation.read_text())
+    annotation.write_text(annotation.read_text().replace(xmin[0], f"<xmin>{int(float(xmin[1])) + 2}</xmin>", 1))
+    os.utime(annotation, (time.time() + 60, time.time() + 60))
+    assert train(data, tmp_path / "out", *flags, "--resume") == 0
+    assert "labels of 1 images were made anew" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--loss grabcut --gamma 0.5 --lambda-aw 3 --lambda-alpha 2 --lambda-a 2 --detach-targets --pair-fraction 0.2",
+     "--embedding-dim --lambda-aw --lambda-alpha --lambda-a --gamma --pair-fraction --detach-targets"),
+    ("--loss aw-box --gamma 0.5 --lambda-alpha 2 --pretrain-epochs 0", "--embedding-dim --gamma"),
+    ("--loss aw-one --lambda-aw 1 --gamma 0.5 --pretrain-epochs 0", "--embedding-dim --gamma"),
+    ("--loss box2seg --lambda-a 0 --pretrain-epochs 0", "--embedding-dim"),
+    ("--loss mask --label-dir there --pretrain-epochs 0", "--label-dir --embedding-dim"),
+    ("--loss box2seg --gamma 0.5 --lambda-aw 2 --lambda-alpha 9 --lambda-a 2 --label-dir there", "")])
+def test_flags_without_effect_are_named(flags, named):
+    """(Flags come in the order of --help.)"""
+    args, given = train_box2seg.parse_arguments([*TINY, *flags.split()])
+    idle = train_box2seg.without_effect(args)
+    assert [f"--{name.replace('_', '-')}" for name, value in given.items() if name in idle and value and not (
+        name == "pretrain_epochs")] == named.split()
+
+
 def test_partial_weights_start_the_encoder(toy, tmp_path, capsys):
     import torchvision
     state = torchvision.models.resnet18(weights=None).state_dict()
@@ -505,6 +535,8 @@ def test_partial_weights_start_the_encoder(toy, tmp_path, capsys):
     assert train(toy, tmp_path / "out", "--weights", tmp_path / "partial.pth", "--epochs", 1, "--loss", "grabcut") == 0
     said = capsys.readouterr().out
     assert "missing" in said and "layer4" in said
+    with pytest.raises(BadInput, match="has no statistics for 5 BatchNorm layers .layer4.0.bn1.*--no-freeze-bn"):
+        train(toy, tmp_path / "frozen", "--weights", tmp_path / "partial.pth", "--loss", "grabcut", "--freeze-bn")
 
 
 @pytest.mark.parametrize("how", ["file", "address"])
@@ -566,6 +598,9 @@ def test_a_corrupt_picture_met_by_a_worker_is_one_line(toy, tmp_path):
     (["--split", "nosuch"], "nosuch.txt"),
     (["--weights", "nosuch.pth"], "nosuch.pth"),
     (["--init", "nosuch.pt"], "nosuch.pt"),
+    (["--gamma", "7"], "--gamma 7.0: expected a share"),
+    (["--power", "-1"], "--power -1.0"),
+    (["--init", "a.pt", "--weights", "b.pth"], "--weights: --init brings all"),
     (["--resume"], "last.pt"),
     (["--device", "cuda:99"], "CUDA"),
 ])
@@ -580,6 +615,8 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_arguments
     before = (whole_run / "last.pt").read_bytes()
     with pytest.raises(train_box2seg.BadInput, match="--resume"):
         train(toy, whole_run)
+    with pytest.raises(train_box2seg.BadInput, match="--overwrite starts anew: give one of them"):
+        train(toy, whole_run, "--resume", "--overwrite")
     with pytest.raises(train_box2seg.BadInput, match="--lr 0.5: the run in .* has 0.02"):
         train(toy, whole_run, "--resume", "--lr", "0.5")
     other = tmp_path / "VOCdevkit"

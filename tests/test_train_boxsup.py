@@ -401,6 +401,21 @@ def test_semi_supervision_trains_on_truth_where_there_is_some(toy, tmp_path):
     assert {name[:-4] for name in masks_of(tmp_path / "out")} == set(ids[5:])
     checkpoint = torch.load(tmp_path / "out" / "last.pt", weights_only=True)
     assert checkpoint["images"] == 12 and len(checkpoint["boxes_of"]) == 7
+    # The list may lie elsewhere when the run goes on; but more of its images, in the same order, are another run.
+    resume = ["--resume", "--out", str(tmp_path / "out"), "--device", "cpu", "--masks-list"]
+    (tmp_path / "masks.txt").rename(tmp_path / "moved.txt")
+    assert train_boxsup.main([*resume, str(tmp_path / "moved.txt")]) == 0
+    for more in (7, 12):
+        (tmp_path / "moved.txt").write_text("\n".join(ids[:more]) + "\n")
+        with pytest.raises(train_boxsup.BadInput, match="true or GrabCut masks than these: give .* --masks-list"):
+            train_boxsup.main([*resume, str(tmp_path / "moved.txt")])
+
+
+def test_flags_without_effect_are_named(toy, tmp_path, capsys):
+    assert train(toy, tmp_path / "masks", "--supervision", "masks", "--epochs", 1, "--method", "ss") == 0
+    assert "--method --top-k: without effect, since no box of the list" in capsys.readouterr().out
+    assert train(toy, tmp_path / "boxes", "--epochs", 1, "--method", "mcg") == 0
+    assert "without effect" not in capsys.readouterr().out
 
 
 def test_extra_boxes_join_in(toy, tmp_path, capsys):
@@ -436,7 +451,7 @@ def test_grabcut_masks_are_told_apart_beside_extra_boxes(toy, tmp_path):
     assert train(toy, tmp_path / "out", *flags) == 0
     assert train_boxsup.main(["--resume", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     (tmp_path / "source.json").write_text(json.dumps(source | {"min_fill": 0.5}))
-    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes or GrabCut masks"):
+    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes, true or GrabCut masks"):
         train_boxsup.main(["--resume", "--out", str(tmp_path / "out"), "--device", "cpu"])
 
 
@@ -455,7 +470,7 @@ def test_a_box_more_or_a_segment_less_is_told_on_resume(tmp_path):
     npz = data / "VOC2012" / "Candidates-mcg" / "toy_train_00001.npz"
     before, candidates = npz.read_bytes(), dict(np.load(npz))
     np.savez(npz, **candidates | {name: candidates[name][:-1] for name in ("members", "candidate_boxes")})
-    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes or GrabCut masks"):
+    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes, true or GrabCut masks"):
         train_boxsup.main(resume)                                               # one segment less, for the same boxes
     npz.write_bytes(before)
     assert train_boxsup.main(resume) == 0
@@ -463,7 +478,7 @@ def test_a_box_more_or_a_segment_less_is_told_on_resume(tmp_path):
     text = annotation.read_text()
     annotation.write_text(text.replace("</annotation>", text[text.index("<object>"):]))
     os.utime(annotation, (time.time() + 60, time.time() + 60))
-    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes or GrabCut masks"):
+    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes, true or GrabCut masks"):
         train_boxsup.main(resume)
 
 
@@ -702,6 +717,7 @@ def test_corrupt_candidates_met_by_a_worker_are_one_line(tmp_path):
     (["--supervision", "grabcut"], "python grabcut_labels.py"),
     (["--weights", "nosuch.pth"], "nosuch.pth"),
     (["--init", "nosuch.pt"], "nosuch.pt"),
+    (["--init", "a.pt", "--weights", "b.pth"], "--weights: --init brings all"),
     (["--resume"], "last.pt"),
     (["--device", "cuda:99"], "CUDA"),
 ])
