@@ -266,8 +266,9 @@ def dense_crf(image, probabilities, w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy
     if image.shape[:2] != probabilities.shape[1:]:
         raise BadInput("image and probabilities differ in height x width: {}x{} and {}x{}".format(
             *image.shape[:2], *probabilities.shape[1:]))
-    if not all(0 <= x < math.inf for x in (w, gaussian_w)) or not all(0 < x < math.inf for x in (xy, rgb, gaussian_xy)):
-        raise BadInput("w and gaussian_w must be numbers from 0, xy, rgb and gaussian_xy numbers above 0")
+    if not all(0 <= x < math.inf for x in (w, gaussian_w)) or not all(  # far below 0.01 pydensecrf crashes
+            0.01 <= x < math.inf for x in (xy, rgb, gaussian_xy)):
+        raise BadInput("w and gaussian_w must be numbers from 0, xy, rgb and gaussian_xy from 0.01")
     if not (isinstance(iterations, int) and iterations >= 0):
         raise BadInput(f"iterations must be a whole number from 0, not {iterations}")
     if backend not in ("torch", "pydensecrf"):
@@ -395,6 +396,8 @@ def main(argv):
         if args.out.exists() and any(args.out.samefile(path) for path in (args.image, args.probabilities)
                                      if Path(path).exists()):
             raise BadInput(f"--out {args.out}: is read from: give another name")
+        if args.out.suffix.lower() != ".png":
+            raise BadInput(f"--out {args.out}: expected the name of a .png file")
         image, probabilities = read_inputs(args.image, args.probabilities)
         start = time.perf_counter()
         try:
@@ -423,4 +426,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("crf.py: interrupted", file=sys.stderr)
+        sys.exit(130)

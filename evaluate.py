@@ -337,8 +337,8 @@ def write(picture, words, x, y, colour=INK, size=0.5):
 
 
 def captioned(image, caption):
-    """A panel: the image at PANEL pixels of height under its caption."""
-    width = max(1, round(image.shape[1] * PANEL / image.shape[0]))
+    """A panel: the image at PANEL pixels of height under its caption, never so wide that two are too wide for JPEG."""
+    width = min(max(1, round(image.shape[1] * PANEL / image.shape[0])), 32_000)
     shrinks = image.shape[0] > PANEL
     image = cv2.resize(image, (width, PANEL), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     bar = np.full((26, width, 3), PAPER, np.uint8)
@@ -373,6 +373,8 @@ def heat(image, values):
 
 def with_legend(panels, present, names, scale=None):
     """Panels above the names of the classes in them, and above what the colours of heat() mean, if scale says it."""
+    if scale:
+        panels = widened(panels, max(panels.shape[1], 420))         # the bar of colours and its words
     width = panels.shape[1]
     bar = np.full((26 if scale else 0, width, 3), PAPER, np.uint8)
     if scale:
@@ -722,6 +724,7 @@ def read_text(path):
 def read_names(path):
     """A file of class names, one a line, background first -> list."""
     names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
+    names = names[names[:1] == ["__ignore__"]:]  # labelme's own, for what is labelled 255
     if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
         raise BadInput(f"{path}: expected 2 to 255 different names, one a line, background first")
     return names
@@ -1150,6 +1153,13 @@ def main(argv):
         parser.error("--crf-search scores the torch backend against the truth: leave out --images and --crf-backend")
     if args.workers < 0:
         parser.error("--workers must be 0 or more")
+    figures = args.pictures or args.attention or args.affinity
+    if (args.pseudo_label_dir or args.num_pictures != parser.get_default("num_pictures")) and not figures:
+        parser.error("--num-pictures and --pseudo-label-dir go with --pictures, --attention or --affinity")
+    if args.pseudo_label_dir and not args.pseudo_label_dir.is_dir():
+        parser.error(f"--pseudo-label-dir {args.pseudo_label_dir}: no such folder")
+    if args.json and (args.json.is_dir() or args.json.parent.is_file()):
+        parser.error(f"--json {args.json}: expected the name of a file")
     try:
         try:
             args.device = pick_device(args.device)
@@ -1163,4 +1173,8 @@ def main(argv):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a name that a pipe's encoding lacks, on Windows
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("evaluate.py: interrupted", file=sys.stderr)
+        sys.exit(130)

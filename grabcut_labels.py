@@ -29,6 +29,7 @@ import argparse
 import contextlib
 import filecmp
 import glob
+import itertools
 import json
 import os
 import re
@@ -614,6 +615,7 @@ def read_text(path):
 def read_names(path):
     """A file of class names, one a line, background first -> list."""
     names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
+    names = names[names[:1] == ["__ignore__"]:]  # labelme's own, for what is labelled 255
     if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
         raise BadInput(f"{path}: expected 2 to 255 different names, one a line, background first")
     return names
@@ -931,11 +933,13 @@ def require_a_box(paths, names):
 #   rotation    the upright box around a rotated box, or around an outline, is taken
 #   EXIF        tools draw on the upright image; where a JSON has the size of the stored one, its boxes are turned.
 #               Where sizes do not tell (YOLO's files state none), boxes are left as they are, and it is said
-SPLIT = re.compile(r"(?:obj_|instances_)?(train|val|test)(?:ing|id|idation)?(?:_data|\d{4})?", re.IGNORECASE)
+WORD = "obj|data|instances|annotations|images|labels|coco|set|split"      # what stands beside train or val in a name
+SPLIT = re.compile(rf"(?:(?:{WORD})[-_. ]?)?(train|val|test)(?:ing|id|idation)?(?:[-_. ]?(?:{WORD}|\d{{4}}))?",
+                   re.IGNORECASE)
 
 
 def split_of(names):
-    """Names of folders or files -> "train", "val" or "test": the last that is one (valid, val2017, obj_train_data)."""
+    """Names of folders or files -> "train", "val" or "test": the last that is one (valid, val2017, train_coco)."""
     return ([match[1].lower() for match in map(SPLIT.fullmatch, names) if match] or [None])[-1]
 
 
@@ -957,7 +961,8 @@ def no_class(name):
 def spellings(name):
     """The file names that an export may mean by name: as it stands, %20 for a space, and a Mac's letters."""
     return dict.fromkeys(unicodedata.normalize(form, text) if form else text
-                         for text in (name, unquote(name), quote(name)) for form in ("", "NFC", "NFD"))
+                         for text in (name, unquote(name), quote(name, errors="surrogatepass"))   # not UTF-8
+                         for form in ("", "NFC", "NFD"))
 
 
 def tidy_names(names, where):
@@ -1017,12 +1022,13 @@ def locate(name, images, beside, split):
 
 
 def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
-    """COCO's JSON files, or folders with them -> class names, [(image, split, (width, height), boxes), ...].
+    """COCO's JSON files, or folders with them -> class names, [(image, split, stated size, boxes), ...].
 
     images: paths below folder; wanted: class names, or None for all; boxes: [(class, x0, y0, x1, y1), ...], floats.
     notes: Counter of what is left out or changed, failed: {image: what is wrong}; both are added to.
     """
-    patterns = ("_annotations.coco.json", "instances_*.json", "result.json", "annotations.json")
+    patterns = ("_annotations.coco.json", "instances_*.json", "result.json", "result_coco.json",
+                "annotations.json")
     files, by_name, found, classes, named = [], {}, [], {}, set()
     for path in map(Path, sources):
         here = [path / name for p in patterns for name in files_below(path, p)] if path.is_dir() else [path]
@@ -1036,7 +1042,10 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
         try:
             coco = json.loads(read_text(file), object_pairs_hook=once)
             kinds = {kind["id"]: tidy_name(kind["name"]) for kind in coco["categories"]}
-            entries = {one["id"]: (str(one["file_name"]), (one.get("width"), one.get("height")), [])
+            # Label Studio states the size of the image as stored, and draws on the upright one.
+            about = coco.get("info") or {}
+            drawn = ("upright",) * (isinstance(about, dict) and about.get("contributor") == "Label Studio")
+            entries = {one["id"]: (str(one["file_name"]), (one.get("width"), one.get("height"), *drawn), [])
                        for one in coco["images"]}
             things = [(thing["image_id"], thing["category_id"], thing) for thing in coco["annotations"]]
             used, _ = ({thing[key] for thing in coco["annotations"]} for key in ("category_id", "image_id"))  # hashable
@@ -1066,7 +1075,7 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
                     corners = coco_corners(thing, notes)
                     entries[image][2].extend([(name, *corners)] if corners else [])
                     notes["annotations without a box left out"] += not corners
-                except (TypeError, ValueError):
+                except (TypeError, ValueError, OverflowError):
                     bad[image] = f"{file.name} has the box {thing.get('bbox')}: expected x, y, width, height: fix it"
         for key, (name, size, boxes) in entries.items():
             beside = lambda path: (folder / path).is_relative_to(os.path.abspath(file.parent))
@@ -1136,11 +1145,15 @@ def split_places(entries, bases, prefix, where, notes):
         return {os.path.abspath(base / short) for base in bases for short in (name, re.sub(prefix, "", name))}
 
     splits = {}
-    for split, entry in ((split, entry.replace("\\", "/")) for split, entry in entries):
+    for split, entry in ((split, entry.replace("\\", "/")) for split, entry in entries if entry):
         places = [place for place in places_of(entry, bases) if os.path.exists(place)]
         for place in [place for place in places if os.path.isfile(place)]:
-            for line in filter(None, map(str.strip, read_text(place).splitlines())):
-                places += places_of(line.replace("\\", "/"), (Path(place).parent, *bases))
+            meant = {line: places_of(line.replace("\\", "/"), (Path(place).parent, *bases))
+                     for line in filter(None, map(str.strip, read_text(place).splitlines()))}
+            places += itertools.chain(*meant.values())
+            if gone := [line for line, where in meant.items() if not any(map(os.path.exists, where))]:
+                notes[f"images are not where {place} lists them ({gone[0]}): they go by the names of their folders"
+                      ] += len(gone)
         for place in places:
             splits.setdefault(place, split)
         notes[f"entry of {where} left out, which names no folder or list ({split}: {entry})"] += not places
@@ -1186,6 +1199,12 @@ def read_yolo_names(file, notes):
     if file.suffix in (".yaml", ".yml"):
         return read_data_yaml(file, notes)
     names = tidy_names(read_text(file).rstrip().splitlines(), file)  # an empty line would count: refused
+    if file.name == "classes.txt":  # Label Studio's may stand in another order than its numbers, which notes.json has
+        with contextlib.suppress(BadInput, ValueError, KeyError, TypeError):
+            number = {tidy_name(kind["name"]): kind["id"]
+                      for kind in json.loads(read_text(file.with_name("notes.json")))["categories"]}
+            if sorted(number.values()) == list(range(len(number))) and set(number) == set(names):
+                names = sorted(names, key=number.get)
     if no_class(names[0]):
         raise BadInput(f"{file}: begins with {names[0]}, but YOLO's class 0 is the first name: delete that line")
     data = file.with_name("obj.data")
@@ -1209,10 +1228,13 @@ def read_yolo_export(labels, folder, images, names_file, notes, failed):
     others = {}
     for path in filter(Path.is_file, usual):
         try:
-            others[path] = read_yolo_names(path, Counter())[0]
+            others[path], *rest = read_yolo_names(path, notes if names_file and not splits else Counter())
+            if names_file:                                              # which may be of the names alone
+                splits, keypoints = splits or rest[0], keypoints or rest[1]
         except BadInput:
             if not names_file:                                          # a broken one is a reason to give --class-names
                 raise
+            notes[f"file with names cannot be read, and its lists, if any, are left out ({path})"] += 1
     for other, theirs in others.items():
         if not names_file and theirs != names:
             raise BadInput(f"{file} and {other} name different classes, or in another order: give the right one by "
@@ -1258,24 +1280,33 @@ def fit_boxes(path, stated, boxes):
     """Boxes of an export -> (height, width) of the upright image, [(class, x0, y0, x1, y1), ...] in its pixels, 0-based
     and half-open, and a Counter of what was left out or changed.
 
-    stated: the export's (width, height), or () where boxes are in parts of the size. Raises BadInput where it is not
-    the image's: then the boxes are another image's, or this one was resized.
+    stated: the export's (width, height), with "upright" behind it where boxes are so though the size may be that of
+    the image as stored; or () where boxes are in parts of the size. Raises BadInput where it is not the image's: then
+    the boxes are another image's, or this one was resized.
     """
     def agrees(size):  # one pixel more or less passes (some tools count from 0), and so do None and 0 (not known)
         return all(not says or abs(says - there) <= 1 for says, there in zip(stated, size))
+
+    def hold(size):  # whether no box leaves an image of this size
+        return all(x1 - size[0] <= 1 and y1 - size[1] <= 1 for _, _, _, x1, y1 in boxes)
 
     height, width = read_image(path).shape[:2]
     notes, fitted, turn, stored = Counter(), [], 1, (width, height)
     with Image.open(path) as file:
         turn, stored = orientation(file.info.get("exif", b"")) or 1, file.size
-    if not all(says is None or isinstance(says, (int, float)) for says in stated):
-        raise BadInput(f"{stated} in the JSON for its width and height: expected numbers")
+    if not all(says is None or isinstance(says, (int, float)) for says in stated[:2]):
+        raise BadInput(f"{stated[:2]} in the JSON for its width and height: expected numbers")
     if agrees((width, height)):
         notes[PERHAPS_TURNED] += turn in range(2, 9) and agrees(stored)
         turn = 1
     elif turn not in (5, 6, 7, 8) or not agrees(stored):
         raise BadInput(f"{stated[0]}x{stated[1]} in the JSON, but the image is {width}x{height}: give the image that "
                        "was annotated, or annotate this one")
+    elif len(stated) > 2:
+        turn = 1
+    elif boxes and not hold(stored) and hold((width, height)):
+        notes[PERHAPS_TURNED] += 1
+        turn = 1
     for name, *corners in boxes:
         x0, y0, x1, y1 = corners if stated else np.multiply(corners, (width, height) * 2)
         if turn != 1:  # from the stored image, whose width is the upright one's height
@@ -1416,7 +1447,8 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
     fitted = {image_id: fitted[image_id] for image_id in ids if image_id in fitted}  # in order again
     for image_id in fitted:  # ids {id: (image, split, stated size, boxes)}; fitted {id: (size, boxes)}
         lists.setdefault(ids[image_id][1] or "train", []).append(image_id)
-    lists = {"train": lists.popitem()[1]} if len(lists) == 1 else lists
+    alone = "".join(lists) if len(lists) == 1 else "train"
+    lists = {"train": lists[alone]} if len(lists) == 1 else lists
     failures = sorted(f"{image}: {' '.join(why.split())}" for image, why in failed.items())
     for note, count in notes.items():
         if count:
@@ -1426,7 +1458,9 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
                        + f", all are in {' and '.join(f'{split}.txt' for split in lists)}" * bool(lists)
                        + "".join(f"; {why}" for why in failures[:1]))
 
-    source = {"boxes": [os.path.abspath(path) for path in coco or [yolo]], "images": str(folder)}
+    # "lists": a later run that finds images to train on as well must not leave those to validate on among them.
+    source = {"boxes": [os.path.abspath(path) for path in coco or [yolo]], "images": str(folder),
+              "lists": "as named" if alone == "train" else f"{alone} alone, as train.txt"}
     texts = {"class_names.txt": "\n".join(["background", *names]) + "\n"}
     texts |= {f"Annotations/{i}.xml": voc_xml(ids[i][0].name, *boxes) for i, boxes in fitted.items()}
     endings = {i: path.suffix if path.suffix.isupper() else path.suffix.lower() for i, (path, *_) in ids.items()}
@@ -1522,8 +1556,19 @@ def parse_arguments():
     own_boxes = bool(arguments.coco) + bool(arguments.yolo)
     if own_boxes > 1 or own_boxes != bool(arguments.images) or arguments.class_names and not own_boxes:
         parser.error("--images DIR goes with --coco or --yolo, one of them, and --class-names with both")
+    changed = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    for here, idle, why in (
+            (arguments.boxes == "annotation", {"detector", "detector_weights", "score_threshold", "device"},
+             "only with --boxes detector"),
+            (not arguments.coco, {"crowds"}, "only with --coco"),
+            (arguments.image, {"split", "list", "shard", "workers", "fill_rates", "share", "boxes", "coco",
+                               "yolo", "images", "show"}, "not with --image, which is one image and one box")):
+        if here and changed & idle:
+            parser.error(" ".join("--" + name.replace("_", "-") for name in sorted(changed & idle)) + f": {why}")
     if arguments.show is None:
         arguments.show = 12 * own_boxes
+    if arguments.show < 0:
+        parser.error("--show of at least 0 expected")
     if min(arguments.iterations, 1 if arguments.workers is None else arguments.workers, arguments.working_size - 7) < 1:
         parser.error("--iterations and --workers of at least 1, --working-size of at least 8 expected")
     if not (0 < arguments.margin < 100 and 0 <= arguments.min_fill <= 1 and 0 <= arguments.score_threshold <= 1):

@@ -760,6 +760,7 @@ def read_text(path):
 def read_names(path):
     """A file of class names, one a line, background first -> list."""
     names = [name.strip() for name in read_text(path).split("\n") if name.strip()]
+    names = names[names[:1] == ["__ignore__"]:]  # labelme's own, for what is labelled 255
     if not 2 <= len(names) <= 255 or len(set(names)) < len(names):
         raise BadInput(f"{path}: expected 2 to 255 different names, one a line, background first")
     return names
@@ -1132,6 +1133,10 @@ def read_coco(path, names, masks=False):
         unknown = [box for box in annotations if box[0] not in image_of or box[1] not in name_of]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadInput(f"{path}: not a COCO instances_*.json ({one_line(error)}): export it again") from None
+    used = {name_of.get(category) for _, category, *_ in annotations}
+    if names[0] in used | {COCO_TO_VOC.get(name) for name in used} and "background" not in names[0].lower():
+        raise BadInput(f"{path}: has boxes of {names[0]}, the first of the class names, which is to be the background: "
+                       "write background on a line before it")
     classes = {}
     for key, name in categories:
         name = name if name in names[1:] else COCO_TO_VOC.get(name)
@@ -1549,8 +1554,13 @@ def parse_arguments():
         parser.error("--split or --list, not both")
     if arguments.coco and not (arguments.images and arguments.out):
         parser.error("--coco needs --images DIR and --out DIR")
-    if arguments.coco and (arguments.split or arguments.list):
-        parser.error("--coco takes all images of its JSON: no --split, no --list (--shard takes a part)")
+    if arguments.coco and (arguments.split or arguments.list or arguments.data != parser.get_default("data")):
+        parser.error("--coco takes all images of its JSON: no --data, --split, --list (--shard takes a part)")
+    if arguments.masks and (arguments.method != "mcg" or arguments.max_candidates):
+        parser.error("--masks makes no candidates: no --method, no --max-candidates")
+    if arguments.image and any(getattr(arguments, name) != parser.get_default(name) for name in
+                               ("split", "list", "shard", "workers", "coco")):
+        parser.error("--image is one image: of the others only --method, --max-candidates, --box and --out go with it")
     if (arguments.images or arguments.class_names or arguments.masks) and not arguments.coco:
         parser.error("--images, --masks and --class-names go with --coco")
     if min(1 if arguments.max_candidates is None else arguments.max_candidates,

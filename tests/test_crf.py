@@ -369,17 +369,17 @@ def test_what_will_not_do():
             with pytest.raises(ValueError) as error:
                 dense_crf(i, p, backend=backend)
             assert words in str(error.value) and "\n" not in str(error.value), error.value
-    for wrong, words in ((dict(xy=0), "above 0"), (dict(rgb=-1), "above 0"),
-                         (dict(gaussian_xy=float("nan")), "above 0"),
+    for wrong, words in ((dict(xy=0), "from 0.01"), (dict(rgb=-1), "from 0.01"),
+                         (dict(gaussian_xy=float("nan")), "from 0.01"),
                          (dict(w=-1), "from 0"), (dict(gaussian_w=float("inf")), "from 0"),
                          (dict(iterations=-1), "whole"), (dict(iterations=2.5), "whole"),
                          (dict(backend="cuda"), "backend"),
-                         (dict(rgb=1e-3), "spread"), (dict(xy=1e-9), "spread"), (dict(gaussian_xy=1e-40), "spread")):
+                         (dict(rgb=0.01), "spread"), (dict(xy=1e-9), "0.01"), (dict(gaussian_xy=1e-40), "0.01")):
         with pytest.raises(ValueError, match=words):
             dense_crf(image, probabilities, **wrong)
     for tiny in (1e-6, 1e-7, 1e-20):                    # one colour: no spread, but beyond what float32 tells apart
         with pytest.raises(ValueError, match="spread"):
-            dense_crf(np.full_like(image, 255), probabilities, rgb=tiny)
+            crf.crf_kernels(torch.full(image.shape, 255, dtype=torch.uint8), 67, tiny, 3)
 
 
 def test_without_pydensecrf_the_remedy_is_named(monkeypatch):
@@ -489,7 +489,10 @@ def test_command_refuses_in_one_line(inputs, capsys, monkeypatch):
                              ([good[0], "several.npz"], "several.npz: not an array"),
                              ([good[0], "logits.npy"], "softmax"), ([good[0], "small.npy"], "45x60 and 9x60"),
                              ([good[0], "labels.npy"], "(C, H, W)"), ([good[0], "words.npy"], "words.npy"),
-                             ([*good, "--xy", "0"], "above 0"), ([*good, "--iterations", "-1"], "iterations"),
+                             ([*good, "--xy", "0"], "from 0.01"),
+                             ([*good, "--rgb", "1e-9", "--backend", "pydensecrf"], "from 0.01"),
+                             ([*good, "--out", "crf.jpg"], "a .png file"),
+                             ([*good, "--iterations", "-1"], "iterations"),
                              ([*good, "--out", "nowhere/crf.png"], "nowhere"), ([*good, "--out", "."], "--out")):
         status, out, error = main(*arguments, capsys=capsys)
         assert status == 2 and out == "" and error.count("\n") == 1 and error.startswith("crf.py: "), (arguments, error)

@@ -372,6 +372,9 @@ def test_bad_places_and_devices(toy, checkpoint, tmp_path):
                   ["--checkpoint", checkpoint, "--split", "val", "--list", tmp_path / "ids.txt"],
                   ["--checkpoint", checkpoint, "--pixels", 0, 0, 5, 5], ["--checkpoint", checkpoint, "--worst"],
                   ["--checkpoint", checkpoint, "--trimap-plot", tmp_path / "plot.svg"],
+                  ["--checkpoint", checkpoint, "--num-pictures", 3], ["--checkpoint", checkpoint, "--json", tmp_path],
+                  ["--checkpoint", checkpoint, "--pseudo-label-dir", toy],
+                  ["--checkpoint", checkpoint, "--pictures", "p", "--pseudo-label-dir", tmp_path / "nowhere"],
                   *(["--checkpoint", checkpoint, "--images", toy, "--out", tmp_path / "o", *more] for more in (
                       ["--json", tmp_path / "j.json"], ["--trimap"], ["--split", "val"], ["--pictures", tmp_path]))):
         status, _, error = run("--data", toy, *wrong)
@@ -702,6 +705,14 @@ def test_affinity_where_all_is_one_class(c):
     pictures, present = evaluate.affinity_strip(image, {"truth": truth}, nothing, network, [], drawing())
     assert (pictures["affinity to purple"][9, 9] == (170, 0, 255)).all() and present == {c} - {0}
     assert (pictures["affinity to green"][9, 9] == (0, 220, 0)).all()
+
+
+def test_narrow_and_wide_pictures():
+    """A scale of colours is wider than three panels of a narrow image; JPEG's widest image has 65,500 pixels."""
+    narrow, wide = np.zeros((180, 8, 3), np.uint8), np.zeros((5, 3000, 3), np.uint8)
+    strip = evaluate.with_legend(evaluate.side_by_side({"image": narrow}), [1], ["background", "cat"], "attention")
+    assert strip.shape[1] == 420
+    assert evaluate.side_by_side({"image": wide, "prediction": wide}).shape[1] <= 65_500
 
 
 # ----------------------------------------------------------------------------------------------------------------------

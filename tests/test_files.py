@@ -672,6 +672,11 @@ def test_names_in_any_of_these_encodings(voc, encoding):
     assert read_boxes(voc / "Annotations/a.xml", class_names(voc), (60, 120))[1].tolist() == [2]
 
 
+def test_the_first_name_of_labelmes_own_list_is_no_class(voc):
+    (voc / "class_names.txt").write_text("__ignore__\n_background_\ncat\n")
+    assert class_names(voc) == ["_background_", "cat"]
+
+
 def test_a_locale_without_these_letters(voc):
     """LC_ALL=C with nothing of Python's own UTF-8, and a pipe in ASCII: read, written and printed all the same."""
     (voc / "class_names.txt").write_text("background\ndog\nMöwe\n", encoding="utf-8")

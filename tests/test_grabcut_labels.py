@@ -648,6 +648,12 @@ def test_refusals(devkit, tmp_path):
     (tmp_path / "file").write_text("")
     assert "--out" in refused("--data", devkit, "--out", tmp_path / "file")
     assert "no image" in refused("--image", tmp_path / "none.jpg", "--box", 0, 0, 5, 5)
+    for flags, words in ((("--detector-weights", "w"), "--detector-weights: only with --boxes detector"),
+                         (("--score-threshold", 0.9, "--device", "cuda"), "--device --score-threshold: only with"),
+                         (("--crowds",), "--crowds: only with --coco"), (("--show", -1), "--show of at least 0"),
+                         (("--image", jpeg, "--box", 0, 0, 5, 5, "--split", "val"), "--split: not with --image")):
+        status, _, error = command_line("--data", devkit, *flags) if flags[0] != "--image" else command_line(*flags)
+        assert status == 2 and words in error.splitlines()[-1], error
     assert "no area" in refused("--image", jpeg, "--box", 5, 5, 5, 9)
     assert "no area" in refused("--image", jpeg, "--box", 500, 5, 600, 9)
     assert "not a readable image" in refused("--image", voc / "class_names.txt", "--box", 0, 0, 5, 5)

@@ -324,6 +324,71 @@ def test_an_export_of_validation_images_alone(tmp_path):
         import_boxes(tmp_path / "d", tmp_path, yolo=tmp_path)
 
 
+def test_validation_images_are_not_trained_on_by_a_second_run(tmp_path):
+    """Where they came alone, they became train.txt; with the others beside them this has to be another data set."""
+    for split in ("train", "val"):
+        coco(tmp_path / "e" / f"instances_{split}2017.json", [f"{split}.jpg"], [(1, 1, [1, 1, 9, 9])])
+    image(tmp_path / "i" / "val2017" / "val.jpg")
+    flags = tmp_path / "d", tmp_path / "i", [tmp_path / "e"]
+    assert len(import_boxes(*flags)) == 1 and ids(tmp_path / "d", "train") == ["val2017_val"]
+    assert len(import_boxes(*flags)) == 1
+    image(tmp_path / "i" / "train2017" / "train.jpg")
+    with pytest.raises(BadInput, match="made from other lists .val alone, as train.txt.: name another --data"):
+        import_boxes(*flags)
+    assert import_boxes(tmp_path / "other", *flags[1:]) == [] and ids(tmp_path / "other", "val") == ["val2017_val"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such names")
+def test_names_that_are_not_utf_8(tmp_path):
+    image(tmp_path / "i" / "a.jpg")
+    shutil.copy(tmp_path / "i" / "a.jpg", os.fsencode(tmp_path / "i") + b"/B\xe4r.jpg")
+    names = ["a.jpg", "B\udce4r.jpg", "\ud800.jpg"]
+    export = coco(tmp_path / "x.json", names, [(n, 1, [1, 1, 9, 9]) for n in (1, 2, 3)])
+    assert len(import_boxes(tmp_path / "d", tmp_path / "i", [export])) == 2 and ids(tmp_path / "d", "train") == ["a"]
+    text(tmp_path / "i" / "a.txt", "0 0.5 0.5 0.5 0.5\n")
+    text(tmp_path / "i" / "data.yaml", "names: [cat]\n")
+    code, _, _ = command_line("--yolo", tmp_path / "i", "--images", tmp_path / "i", "--data", tmp_path / "y")
+    assert code == 0 and ids(tmp_path / "y", "train") == ["a"]
+
+
+def test_lists_with_paths_of_another_machine_are_told(tmp_path, capsys):
+    for name in "ab":
+        image(tmp_path / f"{name}.jpg")
+        text(tmp_path / f"{name}.txt", "0 0.5 0.5 0.5 0.5\n")
+    text(tmp_path / "data.yaml", "names: [cat]\ntrain: train.txt\nval: val.txt\ntest: ''\n")
+    text(tmp_path / "train.txt", "./a.jpg\n")
+    text(tmp_path / "val.txt", "/content/ds/images/b.jpg\n/content/ds/images/c.jpg\n")
+    import_boxes(tmp_path / "d", tmp_path, yolo=tmp_path)
+    assert ids(tmp_path / "d", "train") == ["a", "b"]
+    assert [f"{number} {line}" for line, number in said(capsys).items() if "lists them" in line] == [
+        f"2 images are not where {tmp_path / 'val.txt'} lists them (/content/ds/images/b.jpg): they go by the names of "
+        "their folders"]
+
+
+def test_class_names_leave_splits_and_keypoints_of_data_yaml(tmp_path):
+    for split in ("f1", "f2"):
+        image(tmp_path / "images" / split / f"{split}.jpg")
+        text(tmp_path / "labels" / split / f"{split}.txt", "0 .5 .5 .5 .5 .9 .9 .1 .1\n")
+    text(tmp_path / "data.yaml", "names: [cat]\ntrain: images/f1\nval: images/f2\nkpt_shape: [2, 2]\n")
+    names = text(tmp_path / "n.txt", "lion\n")
+    for more in ({}, {"names_file": names}):
+        data = tmp_path / f"d{len(more)}"
+        import_boxes(data, tmp_path / "images", yolo=tmp_path / "labels", **more)
+        assert (ids(data, "train"), ids(data, "val")) == (["f1_f1"], ["f2_f2"])
+        assert labelled(data, "f1_f1") == [("lion" if more else "cat", 20, 15, 60, 45)]
+
+
+def test_label_studio_numbers_classes_by_notes_json(tmp_path):
+    image(tmp_path / "images" / "a.jpg")
+    text(tmp_path / "labels" / "a.txt", "1 0.5 0.5 0.5 0.5\n")
+    text(tmp_path / "classes.txt", "dog\ncat\n")
+    for n, (first, second, name) in enumerate(((1, 0, "dog"), (0, 1, "cat"), (1, 2, "cat"))):   # the last numbers none
+        text(tmp_path / "notes.json", json.dumps({"categories": [{"id": first, "name": "dog"},
+                                                                 {"id": second, "name": "cat"}]}))
+        import_boxes(tmp_path / f"d{n}", tmp_path / "images", yolo=tmp_path / "labels")
+        assert labelled(tmp_path / f"d{n}", "a")[0][0] == name
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such names")
 def test_names_that_no_list_can_have(tmp_path):
     """They are left out and named; what was imported beside them can be read."""
@@ -486,10 +551,11 @@ def test_yolo_rows(tmp_path):
 
 def test_names_of_splits():
     for split, names in {"train": ("train", "Train", "training", "train2017", "obj_train_data", "instances_train2014"),
-                         "val": ("val", "valid", "validation", "Validation", "instances_val2017"),
-                         "test": ("test", "testing", "obj_test_data")}.items():
+                         "val": ("val", "valid", "validation", "Validation", "instances_val2017", "val_coco",
+                                 "annotations_val", "images-val", "valid_images", "validation_set"),
+                         "test": ("test", "testing", "obj_test_data", "test_set", "testset", "coco_test")}.items():
         assert {split_of([name]) for name in names} == {split}
-    for name in ("images", "trains", "my_train", "value", "result", "instances_default"):
+    for name in ("images", "trains", "my_train", "train_station", "value", "result", "instances_default", "coco"):
         assert split_of([name]) is None
     assert split_of(["train", "x", "val"]) == "val" and split_of([]) is None
 
@@ -530,8 +596,26 @@ def test_exif(tmp_path, turn):
         size, boxes, notes = fit_boxes(tmp_path / "a.png", (W, H), [("cat", 5, 10, 35, 20)])
         assert (size, boxes) == (bright.shape, [upright])
         assert +notes == {"boxes turned, as EXIF turns their image": 1}
+        # Boxes that leave the stored image, but not the upright one, were drawn on that; if they leave both, who knows.
+        low = ("cat", 5, 50, 25, 70)
+        size, boxes, notes = fit_boxes(tmp_path / "a.png", (W, H), [upright, low])
+        assert (boxes, +notes) == ([upright, low], told)
+        assert fit_boxes(tmp_path / "a.png", (W, H), [("cat", 5, 10, 90, 20)])[2]["boxes turned, as EXIF turns their "
+                                                                                 "image"] == 1
+        size, boxes, notes = fit_boxes(tmp_path / "a.png", (W, H, "upright"), [upright])    # Label Studio
+        assert (boxes, +notes) == ([upright], {})
     with pytest.raises(BadInput, match=rf"^{2 * W}x{2 * H} in the JSON, but the image is {bright.shape[1]}x"):
         fit_boxes(tmp_path / "a.png", (2 * W, 2 * H), [upright])
+
+
+def test_label_studio_states_the_size_of_the_stored_image_and_draws_on_the_upright_one(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image(tmp_path / "images" / "a.jpg", exif=exif)
+    for contributor, box in (("Label Studio", ("cat", 5, 10, 25, 15)), ("", ("cat", 45, 5, 50, 25))):
+        export = coco(tmp_path / "x.json", ["a.jpg"], [(1, 1, [5, 10, 20, 5])], info={"contributor": contributor})
+        import_boxes(tmp_path / f"d{contributor[:1]}", tmp_path / "images", [export])
+        assert labelled(tmp_path / f"d{contributor[:1]}", "a", (W, H)) == [box]
 
 
 def test_an_odd_tag_hides_no_orientation(tmp_path):

@@ -633,7 +633,10 @@ def test_refusals(devkit, tmp_path):
 @pytest.mark.parametrize("arguments", [
     ("--box", "0", "0", "5", "5"), ("--split", "a", "--list", "b"), ("--workers", "0"), ("--max-candidates", "0"),
     ("--method", "sss"), ("--coco", "a.json"), ("--coco", "a.json", "--out", "b"), ("--images", "a"),
-    ("--class-names", "a"), ("--coco", "a.json", "--images", "b", "--out", "c", "--split", "train")])
+    ("--class-names", "a"), ("--coco", "a.json", "--images", "b", "--out", "c", "--split", "train"),
+    ("--coco", "a.json", "--images", "b", "--out", "c", "--data", "d"),
+    ("--coco", "a.json", "--images", "b", "--out", "c", "--masks", "--method", "ss"),
+    ("--image", "a.jpg", "--shard", "9/2")])
 def test_arguments_that_do_not_fit(arguments, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mcg_candidates.py", *arguments])
     with pytest.raises(SystemExit) as raised:
@@ -731,6 +734,9 @@ def test_candidates_of_coco(drawn, tmp_path):
     assert "no --coco" in refused(*arguments, "--coco", tmp_path / "none.json")
     assert "no folder --images" in refused(*arguments, "--images", tmp_path / "none")
     assert "--class-names" in refused(*arguments, "--class-names", tmp_path / "none.txt")
+    for first in ("dog\ngiraffe\n", "tvmonitor\ndog\n"):                            # JSON's name, and VOC's for its tv
+        (tmp_path / "names.txt").write_text(first)
+        assert "write background on a line before" in refused(*arguments, "--class-names", tmp_path / "names.txt")
     (tmp_path / "names.txt").write_text("background\ndog\ndog\n")
     assert "different names" in refused(*arguments, "--class-names", tmp_path / "names.txt")
 
