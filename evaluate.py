@@ -1163,6 +1163,7 @@ def main(argv):
     try:
         try:
             args.device = pick_device(args.device)
+            torch.backends.cudnn.allow_tf32 = False     # which is off everywhere but in convolutions on recent GPUs
         except BadModel as error:
             raise BadInput(error) from None
         return predict_folder(args) if args.images else evaluate(args)

@@ -356,7 +356,7 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
     threads_before = cv2.getNumThreads()
     cv2.setNumThreads(1)  # each image on one core; OpenCV lets go of Python's lock, so threads serve as processes would
     workers = workers or os.cpu_count()
-    pool = ThreadPoolExecutor(workers)
+    pool, older = ThreadPoolExecutor(workers), set()
 
     def corrected(image_id):
         """Is the annotation newer than B, and does it draw another one, or perhaps the same with other boxes?"""
@@ -379,7 +379,7 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
         made = all((folder / f"{image_id}.png").exists() for folder in folders)
         if made and not corrected(image_id):
             return None
-        summary["corrected"] += made
+        older.update([image_id] if made else [])
         return pool.submit(label, image_id)
 
     try:
@@ -398,6 +398,7 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
                     tqdm.write(summary["failures"][-1], file=sys.stderr)
                     continue
                 summary["made"] += 1
+                summary["corrected"] += image_id in older
                 summary["boxes"] += len(fallbacks)
                 summary["classes"].update(names[c] for c in classes)
                 summary["fallbacks"].update(why for why in fallbacks if why)
@@ -931,11 +932,12 @@ def require_a_box(paths, names):
 #   no boxes    such images are left out: an export does not tell "nothing in it" from "nobody has looked yet"
 #   crowds      (COCO's iscrowd 1: one box around many objects) are left out unless --crowds takes them
 #   rotation    the upright box around a rotated box, or around an outline, is taken
-#   EXIF        tools draw on the upright image; where a JSON has the size of the stored one, its boxes are turned.
-#               Where sizes do not tell (YOLO's files state none), boxes are left as they are, and it is said
+#   EXIF        tools draw on the upright image; where a JSON has the size of the stored one, its boxes are turned, but
+#               not Label Studio's. Where sizes do not tell (YOLO's files state none), boxes are left as they are, and
+#               it is said
 WORD = "obj|data|instances|annotations|images|labels|coco|set|split"      # what stands beside train or val in a name
-SPLIT = re.compile(rf"(?:(?:{WORD})[-_. ]?)?(train|val|test)(?:ing|id|idation)?(?:[-_. ]?(?:{WORD}|\d{{4}}))?",
-                   re.IGNORECASE)
+SPLIT = re.compile(rf"(?:(?:{WORD})[-_. ])?(train|val|test)(?:ing|id|idation)?"
+                   rf"(?:[-_. ](?:{WORD})|set|[-_. ]?(?:19|20)\d\d)?", re.IGNORECASE)
 
 
 def split_of(names):
@@ -1042,7 +1044,8 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
         try:
             coco = json.loads(read_text(file), object_pairs_hook=once)
             kinds = {kind["id"]: tidy_name(kind["name"]) for kind in coco["categories"]}
-            # Label Studio states the size of the image as stored, and draws on the upright one.
+            # Label Studio states the size of the image as stored, and draws boxes on the upright one. (Its outlines
+            # are scaled by the stored size, which is why such images are named.)
             about = coco.get("info") or {}
             drawn = ("upright",) * (isinstance(about, dict) and about.get("contributor") == "Label Studio")
             entries = {one["id"]: (str(one["file_name"]), (one.get("width"), one.get("height"), *drawn), [])
@@ -1151,7 +1154,7 @@ def split_places(entries, bases, prefix, where, notes):
             meant = {line: places_of(line.replace("\\", "/"), (Path(place).parent, *bases))
                      for line in filter(None, map(str.strip, read_text(place).splitlines()))}
             places += itertools.chain(*meant.values())
-            if gone := [line for line, where in meant.items() if not any(map(os.path.exists, where))]:
+            if gone := [line for line, paths in meant.items() if not any(map(os.path.exists, paths))]:
                 notes[f"images are not where {place} lists them ({gone[0]}): they go by the names of their folders"
                       ] += len(gone)
         for place in places:
@@ -1200,11 +1203,15 @@ def read_yolo_names(file, notes):
         return read_data_yaml(file, notes)
     names = tidy_names(read_text(file).rstrip().splitlines(), file)  # an empty line would count: refused
     if file.name == "classes.txt":  # Label Studio's may stand in another order than its numbers, which notes.json has
-        with contextlib.suppress(BadInput, ValueError, KeyError, TypeError):
-            number = {tidy_name(kind["name"]): kind["id"]
+        number = {}
+        with contextlib.suppress(BadInput, ValueError, KeyError, TypeError):        # none there, or not Label Studio's
+            number = {tidy_name(kind["name"]): int(kind["id"])
                       for kind in json.loads(read_text(file.with_name("notes.json")))["categories"]}
-            if sorted(number.values()) == list(range(len(number))) and set(number) == set(names):
-                names = sorted(names, key=number.get)
+        if set(number) == set(names):
+            if sorted(number.values()) != list(range(len(names))):
+                raise BadInput(f"{file.with_name('notes.json')}: numbers the classes {sorted(number.values())}: name "
+                               "them by --class-names, a line for each number from 0 on, whether used or not")
+            names = sorted(names, key=number.get)
     if no_class(names[0]):
         raise BadInput(f"{file}: begins with {names[0]}, but YOLO's class 0 is the first name: delete that line")
     data = file.with_name("obj.data")
@@ -1228,7 +1235,8 @@ def read_yolo_export(labels, folder, images, names_file, notes, failed):
     others = {}
     for path in filter(Path.is_file, usual):
         try:
-            others[path], *rest = read_yolo_names(path, notes if names_file and not splits else Counter())
+            told = notes if names_file and not splits and not path.samefile(file) else Counter()
+            others[path], *rest = read_yolo_names(path, told)
             if names_file:                                              # which may be of the names alone
                 splits, keypoints = splits or rest[0], keypoints or rest[1]
         except BadInput:
@@ -1297,16 +1305,17 @@ def fit_boxes(path, stated, boxes):
     if not all(says is None or isinstance(says, (int, float)) for says in stated[:2]):
         raise BadInput(f"{stated[:2]} in the JSON for its width and height: expected numbers")
     if agrees((width, height)):
-        notes[PERHAPS_TURNED] += turn in range(2, 9) and agrees(stored)
+        notes[PERHAPS_TURNED] += turn in range(2, 9) and agrees(stored) and len(stated) < 3
         turn = 1
     elif turn not in (5, 6, 7, 8) or not agrees(stored):
         raise BadInput(f"{stated[0]}x{stated[1]} in the JSON, but the image is {width}x{height}: give the image that "
                        "was annotated, or annotate this one")
     elif len(stated) > 2:
-        turn = 1
-    elif boxes and not hold(stored) and hold((width, height)):
         notes[PERHAPS_TURNED] += 1
         turn = 1
+    elif not hold(stored) and hold((width, height)):
+        raise BadInput(f"{stated[0]}x{stated[1]} in the JSON is the image as it is stored, but its boxes fit the "
+                       "upright one: in the JSON, swap width and height of all images that EXIF turns")
     for name, *corners in boxes:
         x0, y0, x1, y1 = corners if stated else np.multiply(corners, (width, height) * 2)
         if turn != 1:  # from the stored image, whose width is the upright one's height
@@ -1339,7 +1348,8 @@ def lay_out(voc, source, lists, texts, images):
     """Writes VOC2012: import.json (source), lists {split: ids}, texts {name: content}, images {name: file}.
 
     A second run adds what is missing, also to lists, where deleted ids stay deleted. Raises BadInput where other files
-    than the export's would be mixed with them or overwritten.
+    than the export's would be mixed with them or overwritten, or where images of val or test, which became train.txt
+    since there were no others ("alone" in source), would stay there beside images that are to train.
     """
     def write(path, text):
         with writing(path) as temporary:
@@ -1350,6 +1360,13 @@ def lay_out(voc, source, lists, texts, images):
         there = json.loads(read_text(record)) if record.exists() else {}
         if not there and voc.exists() and any(path.suffix != ".tmp" for path in voc.iterdir()):
             raise BadInput(f"{voc}: holds data that this command has not made: name another --data")
+        trained = voc / "ImageSets" / "Segmentation" / "train.txt"
+        held_out = {i for split, ids in lists.items() if split != "train" for i in ids}
+        if there and (there.get("alone", source["alone"]) != source["alone"] or "alone" not in there and held_out
+                      and trained.exists() and not held_out.isdisjoint(read_list(trained))):
+            raise BadInput(f"{voc}: its train.txt was made from images of one list alone, which the export calls "
+                           f"{there.get('alone') or source['alone'] or 'val or test'}, and now there are others: name "
+                           f"another --data, or delete it")
         for key in set(there) & set(source):
             if there[key] != source[key]:
                 raise BadInput(f"{voc}: made from other {key} ({there[key]}): name another --data, or delete it")
@@ -1447,8 +1464,8 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
     fitted = {image_id: fitted[image_id] for image_id in ids if image_id in fitted}  # in order again
     for image_id in fitted:  # ids {id: (image, split, stated size, boxes)}; fitted {id: (size, boxes)}
         lists.setdefault(ids[image_id][1] or "train", []).append(image_id)
-    alone = "".join(lists) if len(lists) == 1 else "train"
-    lists = {"train": lists[alone]} if len(lists) == 1 else lists
+    alone = "".join(lists) if len(lists) == 1 and "train" not in lists else ""
+    lists = {"train": lists[alone]} if alone else lists
     failures = sorted(f"{image}: {' '.join(why.split())}" for image, why in failed.items())
     for note, count in notes.items():
         if count:
@@ -1458,9 +1475,7 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
                        + f", all are in {' and '.join(f'{split}.txt' for split in lists)}" * bool(lists)
                        + "".join(f"; {why}" for why in failures[:1]))
 
-    # "lists": a later run that finds images to train on as well must not leave those to validate on among them.
-    source = {"boxes": [os.path.abspath(path) for path in coco or [yolo]], "images": str(folder),
-              "lists": "as named" if alone == "train" else f"{alone} alone, as train.txt"}
+    source = {"boxes": [os.path.abspath(path) for path in coco or [yolo]], "images": str(folder), "alone": alone}
     texts = {"class_names.txt": "\n".join(["background", *names]) + "\n"}
     texts |= {f"Annotations/{i}.xml": voc_xml(ids[i][0].name, *boxes) for i, boxes in fitted.items()}
     endings = {i: path.suffix if path.suffix.isupper() else path.suffix.lower() for i, (path, *_) in ids.items()}
@@ -1564,7 +1579,8 @@ def parse_arguments():
             (arguments.image, {"split", "list", "shard", "workers", "fill_rates", "share", "boxes", "coco",
                                "yolo", "images", "show"}, "not with --image, which is one image and one box")):
         if here and changed & idle:
-            parser.error(" ".join("--" + name.replace("_", "-") for name in sorted(changed & idle)) + f": {why}")
+            named = " ".join("--" + name.replace("_", "-") for name in sorted(changed & idle))
+            parser.error(f"{named.replace('--share', '--no-share')}: {why}")
     if arguments.show is None:
         arguments.show = 12 * own_boxes
     if arguments.show < 0:

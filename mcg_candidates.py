@@ -1560,7 +1560,7 @@ def parse_arguments():
         parser.error("--masks makes no candidates: no --method, no --max-candidates")
     if arguments.image and any(getattr(arguments, name) != parser.get_default(name) for name in
                                ("split", "list", "shard", "workers", "coco")):
-        parser.error("--image is one image: of the others only --method, --max-candidates, --box and --out go with it")
+        parser.error("--split, --list, --shard, --workers and --coco: not with --image, which is one image")
     if (arguments.images or arguments.class_names or arguments.masks) and not arguments.coco:
         parser.error("--images, --masks and --class-names go with --coco")
     if min(1 if arguments.max_candidates is None else arguments.max_candidates,

@@ -850,7 +850,7 @@ def resume_run(args, given, out, may_differ):
         raise BadInput(f"{out / 'last.pt'}: not a run of this script, or not of this version: start another --out")
     if given.get("overwrite"):
         raise BadInput("--resume goes on, --overwrite starts anew: give one of them")
-    free = {"out", "resume", "overwrite", "data", "device", "workers", "log_every", "save_every", *may_differ}
+    free = {"out", "resume", "data", "device", "workers", "log_every", "save_every", *may_differ}
     for name, value in given.items():
         if name not in free and value not in (saved["args"][name], "auto"):     # --amp auto: saved is what it became
             raise BadInput(f"--{name.replace('_', '-')} {value}: the run in {out} has {saved['args'][name]}; "
@@ -859,7 +859,7 @@ def resume_run(args, given, out, may_differ):
 
 
 def say_without_effect(names, given, why):
-    """A line for flags that were given, and that this run does not look at."""
+    """A line for flags that were given, and that this run does not look at; none for 0, which only switches off."""
     if idle := [f"--{name.replace('_', '-')}" for name, value in given.items() if name in names and value]:
         print_rank0(f"{' '.join(idle)}: without effect, {why}")
 
@@ -869,7 +869,6 @@ def check_arguments(args, device, out, more):
     for ok, message in [
         (not args.freeze_bn or args.pretrained or args.weights or args.init,
          "--freeze-bn: a network from scratch has no statistics to keep; give --no-freeze-bn"),
-        (args.resume or not (args.init and args.weights), "--weights: --init brings all weights; give one of them"),
         (args.crop >= 32, f"--crop {args.crop}: expected 32 or more"),
         (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX"),
         (min(args.workers, args.seed, args.clip_norm, args.encoder_lr) >= 0,
@@ -982,7 +981,8 @@ def place_network(network, args, saved, names, device):
     if saved:
         network.load_state_dict(saved["model"])
     elif args.init:
-        print_rank0(initialize(network, args.init, names))
+        print_rank0("--weights: without effect, since --init brings all weights\n" * bool(args.weights) +
+                    initialize(network, args.init, names))
     elif args.freeze_bn and (bare := [name for name in (network.weights_report or {}).get("missing", [])
                                       if name.endswith("running_mean")]):
         raise BadInput(f"--freeze-bn: {args.weights} has no statistics for {len(bare)} BatchNorm layers ({bare[0]}): "
@@ -1074,7 +1074,7 @@ def check_images(ids, names, list_file, args, saved, out):
                        f"torchrun --nproc-per-node {saved['world']}")
     if saved and (saved["class_names"], saved.get("list")) != (names, fingerprint(ids)):
         raise BadInput(f"{out / 'last.pt'}: trained on {saved['images']} images and {len(saved['class_names']) - 1} "
-                       "classes, other ones than here; give the --data that it had")
+                       "classes, other ones than here; give the --data and the lists of images that it had")
     if len(ids) < args.batch_size:
         most = len(ids) // world * world                    # each process takes as many
         raise BadInput(f"{len(ids)} images of {list_file} are less than one batch: give " + (

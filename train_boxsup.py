@@ -536,7 +536,8 @@ def check(args, device, out):
          "--lambda-r, --head-lr, --show-images: expected 0 or more"),
         (not args.large_fov or args.backbone == "vgg16", "--large-fov goes with --backbone vgg16"),
         (not args.freeze_bn or args.backbone != "vgg16", "--freeze-bn: VGG-16 has no BatchNorm; give --no-freeze-bn"),
-        (not args.sync_bn or args.backbone != "vgg16", "--sync-bn: VGG-16 has no BatchNorm; leave it out"),
+        (args.resume or not args.sync_bn or args.backbone != "vgg16",
+         "--sync-bn: VGG-16 has no BatchNorm; leave it out"),
         (0 <= args.min_recognized <= 1, f"--min-recognized {args.min_recognized}: expected a share, 0 to 1"),
         (args.supervision != "masks" or not args.masks_list,
          "--masks-list: with --supervision masks all images have masks"),
@@ -614,7 +615,7 @@ def write_rectangles(images, indices, names, keep):
 
 
 def made_from(images, args, names):
-    """What choices and labels depend on, by which --resume notices other ones: of how many images each source is, and
+    """What choices and labels depend on, so that --resume notices a change: for each source how many images it has and
     what they learn from, a fingerprint of all candidates' boxes, and what the GrabCut masks' source.json says."""
     made, folder = {"proposals": 0}, Path(args.grabcut or images.voc / "GrabCutMasks")
     made["sources"] = [(images.source_of.count(k), "candidates" if candidates else "labels" if labels else "truth")

@@ -651,8 +651,9 @@ def test_refusals(devkit, tmp_path):
     for flags, words in ((("--detector-weights", "w"), "--detector-weights: only with --boxes detector"),
                          (("--score-threshold", 0.9, "--device", "cuda"), "--device --score-threshold: only with"),
                          (("--crowds",), "--crowds: only with --coco"), (("--show", -1), "--show of at least 0"),
-                         (("--image", jpeg, "--box", 0, 0, 5, 5, "--split", "val"), "--split: not with --image")):
-        status, _, error = command_line("--data", devkit, *flags) if flags[0] != "--image" else command_line(*flags)
+                         (("--image", jpeg, "--box", 0, 0, 5, 5, "--split", "val", "--no-share"),
+                          "--no-share --split: not with --image")):
+        status, _, error = command_line("--data", devkit, *flags)
         assert status == 2 and words in error.splitlines()[-1], error
     assert "no area" in refused("--image", jpeg, "--box", 5, 5, 5, 9)
     assert "no area" in refused("--image", jpeg, "--box", 500, 5, 600, 9)

@@ -333,8 +333,12 @@ def test_validation_images_are_not_trained_on_by_a_second_run(tmp_path):
     assert len(import_boxes(*flags)) == 1 and ids(tmp_path / "d", "train") == ["val2017_val"]
     assert len(import_boxes(*flags)) == 1
     image(tmp_path / "i" / "train2017" / "train.jpg")
-    with pytest.raises(BadInput, match="made from other lists .val alone, as train.txt.: name another --data"):
-        import_boxes(*flags)
+    record = tmp_path / "d" / "VOC2012" / "import.json"
+    alone = json.loads(record.read_text())
+    for before, called in ((alone, "val"), ({key: alone[key] for key in ("boxes", "images")}, "val or test")):
+        record.write_text(json.dumps(before))                                       # as it is, and of an older version
+        with pytest.raises(BadInput, match=f"of one list alone, which the export calls {called}, and now there are "):
+            import_boxes(*flags)
     assert import_boxes(tmp_path / "other", *flags[1:]) == [] and ids(tmp_path / "other", "val") == ["val2017_val"]
 
 
@@ -382,11 +386,20 @@ def test_label_studio_numbers_classes_by_notes_json(tmp_path):
     image(tmp_path / "images" / "a.jpg")
     text(tmp_path / "labels" / "a.txt", "1 0.5 0.5 0.5 0.5\n")
     text(tmp_path / "classes.txt", "dog\ncat\n")
-    for n, (first, second, name) in enumerate(((1, 0, "dog"), (0, 1, "cat"), (1, 2, "cat"))):   # the last numbers none
-        text(tmp_path / "notes.json", json.dumps({"categories": [{"id": first, "name": "dog"},
-                                                                 {"id": second, "name": "cat"}]}))
+    def numbered(*numbers):
+        kinds = [{"id": number, "name": name} for number, name in zip(numbers, ("dog", "cat"))]
+        text(tmp_path / "notes.json", json.dumps({"categories": kinds}))
+
+    for n, (numbers, name) in enumerate(((("1", "0"), "dog"), ((1, 0), "dog"), ((0, 1), "cat"))):
+        numbered(*numbers)
         import_boxes(tmp_path / f"d{n}", tmp_path / "images", yolo=tmp_path / "labels")
         assert labelled(tmp_path / f"d{n}", "a")[0][0] == name
+    numbered("1", "2")
+    with pytest.raises(BadInput, match=r"notes.json: numbers the classes \[1, 2\]: name them by --class-names"):
+        import_boxes(tmp_path / "d", tmp_path / "images", yolo=tmp_path / "labels")
+    names = text(tmp_path / "n.txt", "nothing\ndog\ncat\n")
+    import_boxes(tmp_path / "d", tmp_path / "images", yolo=tmp_path / "labels", names_file=names)
+    assert labelled(tmp_path / "d", "a")[0][0] == "dog"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no such names")
@@ -555,7 +568,8 @@ def test_names_of_splits():
                                  "annotations_val", "images-val", "valid_images", "validation_set"),
                          "test": ("test", "testing", "obj_test_data", "test_set", "testset", "coco_test")}.items():
         assert {split_of([name]) for name in names} == {split}
-    for name in ("images", "trains", "my_train", "train_station", "value", "result", "instances_default", "coco"):
+    for name in ("images", "trains", "my_train", "train_station", "test_0001", "settest", "value", "result", "coco",
+                 "instances_default"):
         assert split_of([name]) is None
     assert split_of(["train", "x", "val"]) == "val" and split_of([]) is None
 
@@ -596,14 +610,13 @@ def test_exif(tmp_path, turn):
         size, boxes, notes = fit_boxes(tmp_path / "a.png", (W, H), [("cat", 5, 10, 35, 20)])
         assert (size, boxes) == (bright.shape, [upright])
         assert +notes == {"boxes turned, as EXIF turns their image": 1}
-        # Boxes that leave the stored image, but not the upright one, were drawn on that; if they leave both, who knows.
-        low = ("cat", 5, 50, 25, 70)
-        size, boxes, notes = fit_boxes(tmp_path / "a.png", (W, H), [upright, low])
-        assert (boxes, +notes) == ([upright, low], told)
+        # Boxes that leave the stored image, but not the upright one, were drawn on that. If they leave both, no sign.
+        with pytest.raises(BadInput, match="^80x60 in the JSON is the image as it is stored, but .* swap width and"):
+            fit_boxes(tmp_path / "a.png", (W, H), [upright, ("cat", 5, 50, 25, 70)])
         assert fit_boxes(tmp_path / "a.png", (W, H), [("cat", 5, 10, 90, 20)])[2]["boxes turned, as EXIF turns their "
                                                                                  "image"] == 1
         size, boxes, notes = fit_boxes(tmp_path / "a.png", (W, H, "upright"), [upright])    # Label Studio
-        assert (boxes, +notes) == ([upright], {})
+        assert (boxes, +notes) == ([upright], told)
     with pytest.raises(BadInput, match=rf"^{2 * W}x{2 * H} in the JSON, but the image is {bright.shape[1]}x"):
         fit_boxes(tmp_path / "a.png", (2 * W, 2 * H), [upright])
 

@@ -405,9 +405,10 @@ def test_semi_supervision_trains_on_truth_where_there_is_some(toy, tmp_path):
     resume = ["--resume", "--out", str(tmp_path / "out"), "--device", "cpu", "--masks-list"]
     (tmp_path / "masks.txt").rename(tmp_path / "moved.txt")
     assert train_boxsup.main([*resume, str(tmp_path / "moved.txt")]) == 0
-    for more in (7, 12):
-        (tmp_path / "moved.txt").write_text("\n".join(ids[:more]) + "\n")
-        with pytest.raises(train_boxsup.BadInput, match="true or GrabCut masks than these: give .* --masks-list"):
+    for others, words in ((ids[:7], "true or GrabCut masks than these: give .* --masks-list"), (ids, "--masks-list"),
+                          (ids[3:8], "give the --data and the lists of images that it had")):
+        (tmp_path / "moved.txt").write_text("\n".join(others) + "\n")
+        with pytest.raises(train_boxsup.BadInput, match=words):
             train_boxsup.main([*resume, str(tmp_path / "moved.txt")])
 
 
@@ -717,7 +718,6 @@ def test_corrupt_candidates_met_by_a_worker_are_one_line(tmp_path):
     (["--supervision", "grabcut"], "python grabcut_labels.py"),
     (["--weights", "nosuch.pth"], "nosuch.pth"),
     (["--init", "nosuch.pt"], "nosuch.pt"),
-    (["--init", "a.pt", "--weights", "b.pth"], "--weights: --init brings all"),
     (["--resume"], "last.pt"),
     (["--device", "cuda:99"], "CUDA"),
 ])
