@@ -440,3 +440,7 @@ def test_large_pictures_are_reduced(monkeypatch):
     assert ((found & truth).sum((1, 2)) / (found | truth).sum((1, 2))).max() > 0.85
     for r in range(members.shape[1]):                                                             # no id is blended
         assert cv2.connectedComponents((superpixels == r).astype(np.uint8), connectivity=4)[0] == 2
+    # Each pixel has the id at its own centre, not at its upper left corner (4 % differ), but for one on a border.
+    small = mcg_candidates.mcg(cv2.resize(large, (80, 59), interpolation=cv2.INTER_AREA))[0]
+    y, x = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in ((181, 59), (243, 80)))
+    assert (superpixels != small[y[:, None], x]).mean() < 0.001
