@@ -1110,21 +1110,21 @@ def main(argv):
     add("--workers", type=int, default=os.cpu_count(), help="CRFs at a time on the CPU, each on one core (default "
         "here: %(default)s)")
     args = parser.parse_args(argv)
+    figures = args.pictures or args.attention or args.affinity
 
     if bool(args.images) != bool(args.out) or (args.images and not args.checkpoint):
         parser.error("--images, --out and --checkpoint go together")
     if args.against and not args.labels or (args.attention or args.affinity) and not args.checkpoint:
         parser.error("--against goes with --labels; --attention and --affinity with --checkpoint")
-    if args.images and (args.split or args.json or args.save_png or args.pictures or args.attention or args.affinity
-                        or args.trimap is not None or args.trimap_plot):
+    if args.images and (args.split or args.json or args.save_png or figures or args.trimap is not None
+                        or args.trimap_plot):
         parser.error("--images has no truth: of the outputs only --out goes with it, and of the lists --list")
     if args.split and args.list:
         parser.error("--split and --list both say which images: leave one out")
     if not (args.crf or args.crf_search) and (any((args.crf_w, args.crf_xy, args.crf_rgb))
                                               or (args.crf_iterations, args.crf_backend) != (ITERATIONS, "torch")):
         parser.error("--crf-w, --crf-xy, --crf-rgb, --crf-iterations and --crf-backend go with --crf")
-    if args.crf_search and (args.save_png or args.pictures or args.attention or args.affinity
-                            or args.trimap is not None or args.trimap_plot):
+    if args.crf_search and (args.save_png or figures or args.trimap is not None or args.trimap_plot):
         parser.error("--crf-search prints a table of its own: of the other outputs only --json goes with it")
     outputs = [path.resolve() for path in (args.save_png, args.pictures, args.attention, args.affinity, args.json,
                                            args.trimap_plot) if path]
@@ -1132,8 +1132,7 @@ def main(argv):
         parser.error("two outputs have one name, and the second would overwrite the first: give each its own")
     if args.labels and (args.flip or args.scales):
         parser.error("--scales and --flip go with --checkpoint: label PNGs are scored as they are")
-    if args.pixels and not args.affinity or (args.best or args.worst) and not (
-            args.pictures or args.attention or args.affinity):
+    if args.pixels and not args.affinity or (args.best or args.worst) and not figures:
         parser.error("--pixels goes with --affinity; --best and --worst with --pictures, --attention or --affinity")
     if args.trimap_plot and args.trimap_plot.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         parser.error(f"--trimap-plot {args.trimap_plot}: expected .png or .jpg")
@@ -1153,7 +1152,6 @@ def main(argv):
         parser.error("--crf-search scores the torch backend against the truth: leave out --images and --crf-backend")
     if args.workers < 0:
         parser.error("--workers must be 0 or more")
-    figures = args.pictures or args.attention or args.affinity
     if (args.pseudo_label_dir or args.num_pictures != parser.get_default("num_pictures")) and not figures:
         parser.error("--num-pictures and --pseudo-label-dir go with --pictures, --attention or --affinity")
     if args.pseudo_label_dir and not args.pseudo_label_dir.is_dir():
@@ -1163,9 +1161,9 @@ def main(argv):
     try:
         try:
             args.device = pick_device(args.device)
-            torch.backends.cudnn.allow_tf32 = False     # which is off everywhere but in convolutions on recent GPUs
         except BadModel as error:
             raise BadInput(error) from None
+        torch.backends.cudnn.allow_tf32 = False         # on recent GPUs PyTorch rounds convolutions to it otherwise
         return predict_folder(args) if args.images else evaluate(args)
     except BadInput as error:
         print(f"evaluate.py: {error}", file=sys.stderr)

@@ -381,7 +381,8 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
         made = all((folder / f"{image_id}.png").exists() for folder in folders)
         if made and not corrected(image_id):
             return None
-        older.update([image_id] if made else [])
+        if made:
+            older.add(image_id)
         return pool.submit(label, image_id)
 
     try:
@@ -1364,11 +1365,11 @@ def lay_out(voc, source, lists, texts, images):
             raise BadInput(f"{voc}: holds data that this command has not made: name another --data")
         trained = voc / "ImageSets" / "Segmentation" / "train.txt"
         held_out = {i for split, ids in lists.items() if split != "train" for i in ids}
-        if there and (there.get("alone", source["alone"]) != source["alone"] or "alone" not in there and held_out
-                      and trained.exists() and not held_out.isdisjoint(read_list(trained))):
+        mixed = held_out and trained.exists() and not held_out.isdisjoint(read_list(trained))
+        before = there.get("alone", "val or test" if mixed else source["alone"])    # older records do not say
+        if there and before != source["alone"]:
             raise BadInput(f"{voc}: its train.txt was made from images of one list alone, which the export calls "
-                           f"{there.get('alone') or source['alone'] or 'val or test'}, and now there are others: name "
-                           f"another --data, or delete it")
+                           f"{before or source['alone']}, and now there are others: name another --data, or delete it")
         for key in set(there) & set(source):
             if there[key] != source[key]:
                 raise BadInput(f"{voc}: made from other {key} ({there[key]}): name another --data, or delete it")

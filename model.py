@@ -981,8 +981,8 @@ def place_network(network, args, saved, names, device):
     if saved:
         network.load_state_dict(saved["model"])
     elif args.init:
-        print_rank0("--weights: without effect, since --init brings all weights\n" * bool(args.weights) +
-                    initialize(network, args.init, names))
+        say_without_effect({"weights"}, vars(args), "since --init brings all weights")
+        print_rank0(initialize(network, args.init, names))
     elif args.freeze_bn and (bare := [name for name in (network.weights_report or {}).get("missing", [])
                                       if name.endswith("running_mean")]):
         raise BadInput(f"--freeze-bn: {args.weights} has no statistics for {len(bare)} BatchNorm layers ({bare[0]}): "
