@@ -1417,9 +1417,11 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
     claim_folder(folder, images, names, method, **source)
     summary = {"made": 0, "skipped": 0, "candidates": 0, "boxes": 0, "notes": {}, "failures": []}
     workers = workers or os.cpu_count()
-    # Processes, since much of the work is Python's own. Fresh ones, not forks: a fork of a process in which torch's
-    # threads or CUDA have run may hang. The variable is read by the workers, as they load NumPy.
-    context = multiprocessing.get_context("forkserver" if sys.platform != "win32" else "spawn")
+    # Processes, since much of the work is Python's own. Forks of a fresh one, which has loaded torch and done nothing: a
+    # fork of a process in which torch's threads or CUDA have run may hang. The variable is read as NumPy is loaded.
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    if sys.platform != "win32":
+        context.set_forkserver_preload(["torch"])       # once, and not by each worker
     threads_before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
     pool = ProcessPoolExecutor(workers, context, initializer=one_core)

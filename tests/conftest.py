@@ -1,6 +1,9 @@
-"""Lets the tests import the scripts of the folder above, from wherever pytest is started."""
+"""Lets the tests import the scripts of the folder above, from wherever pytest is started, and run them as scripts."""
+import contextlib
+import io
 import signal
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import Box2SegNet, DeepLabVGG16  # noqa: E402
 # A shell's background jobs ignore Ctrl-C, and so does what they start; tests that press it need it heard.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run_as_main(script, *arguments):
+    """python SCRIPT ... within this process, which has loaded torch already -> (exit status, stdout, stderr)."""
+    out, error = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
+    main = types.ModuleType("__main__")
+    main.__file__ = str(script)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        for name in ("__main__", "__mp_main__"):            # the second is what worker processes call it
+            patch.setitem(sys.modules, name, main)
+        with pytest.raises(SystemExit) as ended:            # a traceback of ours is one here, too
+            exec(compile(Path(script).read_text(encoding="utf-8"), script, "exec"), vars(main))
+    return ended.value.code, *(stream.buffer.getvalue().decode() for stream in (out, error))
 
 
 @pytest.fixture

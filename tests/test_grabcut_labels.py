@@ -17,6 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grabcut_labels
+from conftest import run_as_main
 from grabcut_labels import (COVERS_IMAGE, EMPTY, STAYS_WHOLE, TOO_SMALL, BadInput, box_mask, class_fill_rates,
                             class_names, fill_rates, find_image, find_voc, grabcut, grabcut_mask, make_labels,
                             read_boxes, read_image, read_label, read_list)
@@ -28,8 +29,7 @@ NAMES = ["background", "cat", "dog"]
 
 def command_line(*arguments):
     """python grabcut_labels.py ... -> (exit status, stdout, stderr)"""
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+    return run_as_main(SCRIPT, *arguments)
 
 
 @pytest.fixture(scope="module")

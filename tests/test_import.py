@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grabcut_labels
+from conftest import run_as_main
 from grabcut_labels import (BadInput, class_names, coco_corners, find_voc, fit_boxes, import_boxes, make_labels,
                             read_boxes, read_data_yaml, read_label, read_list, split_of, yolo_boxes)
 from mcg_candidates import coco_boxes
@@ -76,8 +76,7 @@ def said(capsys):
 
 def command_line(*arguments):
     """python grabcut_labels.py ... -> (exit status, stdout, stderr)"""
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+    return run_as_main(SCRIPT, *arguments)
 
 
 # ---------------------------------------------------------------- exports of tools

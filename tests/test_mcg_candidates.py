@@ -18,6 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grabcut_labels
 import mcg_candidates
+from conftest import run_as_main
 from mcg_candidates import (METHODS, VOC_CLASSES, BadInput, box_iou, claim_folder, class_names, coco_boxes, coco_mask,
                             critical_levels, distinct, extents, felzenszwalb, find_voc, geodesic, geodesic_distance,
                             hierarchy, histograms, make_candidates, neighbours, read_boxes, read_candidates, read_coco,
@@ -30,8 +31,7 @@ SCRIPT = Path(mcg_candidates.__file__)
 
 def command_line(*arguments):
     """python mcg_candidates.py ... -> (exit status, stdout, stderr)"""
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+    return run_as_main(SCRIPT, *arguments)
 
 
 def refused(*arguments):
