@@ -1,14 +1,19 @@
 """Lets the tests import the scripts of the folder above, from wherever pytest is started, and run them as scripts."""
 import contextlib
 import io
+import os
 import signal
 import sys
 import types
 from pathlib import Path
 
 import pytest
-import torch
-from torch.utils.data import DataLoader
+
+# Before torch is loaded, here and in all that the tests start: these networks and images are small. A second thread
+# mostly waits, and on a busy machine for longer than the work takes.
+os.environ["OMP_NUM_THREADS"] = "1"
+import torch  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import Box2SegNet, DeepLabVGG16  # noqa: E402
@@ -16,18 +21,29 @@ from model import Box2SegNet, DeepLabVGG16  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def run_as_main(script, *arguments):
-    """python SCRIPT ... within this process, which has loaded torch already -> (exit status, stdout, stderr)."""
+def run_as_main(script, *arguments, folder="."):
+    """python SCRIPT ..., started in a folder, but within this process, which has loaded torch already -> (exit status,
+    stdout, stderr)."""
     out, error = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
-    main = types.ModuleType("__main__")
+    main, status = types.ModuleType("__main__"), None
     main.__file__ = str(script)
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
         patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        patch.chdir(folder)
         for name in ("__main__", "__mp_main__"):            # the second is what worker processes call it
             patch.setitem(sys.modules, name, main)
-        with pytest.raises(SystemExit) as ended:            # a traceback of ours is one here, too
+        try:                                                # a traceback of ours is one here, too
             exec(compile(Path(script).read_text(encoding="utf-8"), script, "exec"), vars(main))
-    return ended.value.code, *(stream.buffer.getvalue().decode() for stream in (out, error))
+        except SystemExit as ended:
+            status = ended.code
+        finally:
+            signal.signal(signal.SIGINT, handlers[0])
+            signal.signal(signal.SIGTERM, handlers[1])
+        if isinstance(status, str):                         # sys.exit("a message")
+            print(status, file=error)
+            status = 1
+    return status or 0, *(stream.buffer.getvalue().decode() for stream in (out, error))
 
 
 @pytest.fixture

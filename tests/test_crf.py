@@ -5,7 +5,6 @@ pydensecrf runs where it is installed; crf_reference.npz holds marginals that it
     python tests/test_crf.py            makes that file again
 """
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -413,8 +412,7 @@ def test_kernels_serve_any_weights():
 def command_line(*arguments, folder):
     """python crf.py ... in a process of its own -> (exit status, stdout, stderr)"""
     command = [sys.executable, Path(crf.__file__), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     return done.returncode, done.stdout, done.stderr
 
 

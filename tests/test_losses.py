@@ -25,15 +25,6 @@ import losses
 LN2 = math.log(2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are small: a second thread mostly waits, and on a busy machine for longer than the work takes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 

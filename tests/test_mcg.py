@@ -15,7 +15,6 @@ from mcg_candidates import (along_arcs, border_arcs, contour_channels, contour_s
                             tree_groups)
 
 cv2.setNumThreads(1)
-torch.set_num_threads(1)
 
 
 def noise(height, width, seed=0):

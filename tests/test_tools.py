@@ -1,7 +1,6 @@
 """The scripts of tests/ (ablation, candidate_quality, object_sizes, bench, first_picture), called as a user would."""
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import object_sizes
 import pytest
 import torch
+from conftest import run_as_main
 from grabcut_labels import class_names, read_boxes, read_label
 from model import Box2SegNet
 from toy_voc import make_toy_voc
@@ -23,10 +23,9 @@ TINY = "--crop 32 --batch-size 4 --epochs 2 --scale 0.5 1 --workers 0 --device c
 
 
 def call(script, *arguments, folder, status=0):
-    process = subprocess.run([sys.executable, HERE / script, *map(str, arguments)], cwd=folder, capture_output=True,
-                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert process.returncode == status, process.stdout + process.stderr
-    return process.stdout
+    ended, out, error = run_as_main(HERE / script, *arguments, folder=folder)
+    assert ended == status, out + error
+    return out
 
 
 @pytest.fixture(scope="module")
