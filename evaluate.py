@@ -152,8 +152,8 @@ def in_order(ids, read, prepare, work, workers):
             yield name, lambda: work(*prepare(*loaded()))
         return
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")  # no fork has CUDA
-    if sys.platform != "win32":
-        context.set_forkserver_preload(["torch", "torchvision"])    # loaded once, and not by each worker
+    if sys.platform == "linux":                         # macOS may not like what torch loads to be forked
+        context.set_forkserver_preload(["torch", "torchvision"])    # once, and not by each worker
     with ProcessPoolExecutor(workers, context, one_core) as pool:
         waiting = deque()
         for name, loaded in read_ahead(ids, read):

@@ -1417,10 +1417,10 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
     claim_folder(folder, images, names, method, **source)
     summary = {"made": 0, "skipped": 0, "candidates": 0, "boxes": 0, "notes": {}, "failures": []}
     workers = workers or os.cpu_count()
-    # Processes, since much of the work is Python's own. Forks of a fresh one, which has loaded torch and done nothing: a
-    # fork of a process in which torch's threads or CUDA have run may hang. The variable is read as NumPy is loaded.
+    # Processes, since much of the work is Python's own. Forks of a fresh one, which at most has loaded torch: a fork of
+    # a process in which torch's threads or CUDA have run may hang. The variable is read as NumPy is loaded.
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    if sys.platform != "win32":
+    if sys.platform == "linux":                         # macOS may not like what torch loads to be forked
         context.set_forkserver_preload(["torch"])       # once, and not by each worker
     threads_before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
