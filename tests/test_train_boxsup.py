@@ -320,14 +320,16 @@ def test_scores_and_costs_are_computed_in_float32(toy, tmp_path, monkeypatch):
     assert modes == {(True, True), (False, False)}
 
 
-def test_mixed_precision_follows_float32(toy, tmp_path):
-    for name in ("off", "bf16"):                                    # fp16: see test_train_box2seg.py
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_follows_float32(toy, tmp_path, amp):
+    for name in ("off", amp):
         assert train(toy, tmp_path / name, "--amp", name, "--lr", 1e-4) == 0
-    curves = [[r["E_r"] for r in log_of(tmp_path / name) if "E_r" in r] for name in ("off", "bf16")]
+    curves = [[r["E_r"] for r in log_of(tmp_path / name) if "E_r" in r] for name in ("off", amp)]
     assert curves[0] != curves[1] and np.allclose(*curves, rtol=0.1)
-    costs = [[r["cost"] for r in log_of(tmp_path / name) if "labels_of_epoch" in r] for name in ("off", "bf16")]
+    costs = [[r["cost"] for r in log_of(tmp_path / name) if "labels_of_epoch" in r] for name in ("off", amp)]
     assert costs[0][0] == costs[1][0] and costs[0][1] != costs[1][1] == pytest.approx(costs[0][1], rel=0.1)
-    assert not torch.load(tmp_path / "bf16" / "last.pt", weights_only=True)["scaler"]
+    scaler = torch.load(tmp_path / amp / "last.pt", weights_only=True)["scaler"]
+    assert not scaler if amp == "bf16" else scaler["scale"] >= 1 and scaler["_growth_tracker"] > 0  # steps taken
 
 
 def test_the_rate_falls_in_steps_and_the_last_layer_has_its_own(toy, tmp_path):
@@ -353,14 +355,14 @@ def test_during_the_warm_up_there_is_no_feedback(toy, tmp_path, monkeypatch):
 
 
 def test_lambda_holds_for_the_boxes_that_the_network_recognizes(toy, tmp_path, monkeypatch):
-    """A network that recognizes too little of every box changes nothing, whatever lambda; with one that recognizes
-    enough costs are those of a constant lambda."""
+    """A network that calls everything background changes nothing, whatever lambda; one that recognizes every box has
+    the same costs as under a constant lambda."""
     def updates(name, *flags):
         assert train(toy, tmp_path / name, "--epochs", 2, "--top-k", 1, "--lr", 0, "--lambda-r", 3, *flags) == 0
         return [r for r in log_of(tmp_path / name) if "labels_of_epoch" in r]
 
     constant = updates("constant", "--min-recognized", 0)
-    for share, same in ((0.29, "first"), (0.31, "constant")):
+    for share, same in ((0.0, "first"), (0.29, "first"), (0.31, "constant"), (1.0, "constant")):
         monkeypatch.setattr(losses, "recognized_share", lambda logits, boxes, classes: torch.full((len(boxes),), share))
         first, second = updates(f"share-{share}")
         assert second["cost"] == (first if same == "first" else constant[1])["cost"] and first == constant[0]
