@@ -21,14 +21,25 @@ from model import Box2SegNet, DeepLabVGG16  # noqa: E402
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@contextlib.contextmanager
+def kept_signals():
+    """Trainings handle Ctrl-C in their own way; afterwards it is as before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def run_as_main(script, *arguments, folder="."):
     """python SCRIPT ..., started in a folder, but within this process, which has loaded torch already -> (exit status,
     stdout, stderr)."""
     out, error = (io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2))
     main, status = types.ModuleType("__main__"), None
     main.__file__ = str(script)
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+    output = contextlib.redirect_stdout(out), contextlib.redirect_stderr(error)
+    with kept_signals(), pytest.MonkeyPatch.context() as patch, output[0], output[1]:
         patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
         patch.chdir(folder)
         for name in ("__main__", "__mp_main__"):            # the second is what worker processes call it
@@ -37,13 +48,17 @@ def run_as_main(script, *arguments, folder="."):
             exec(compile(Path(script).read_text(encoding="utf-8"), script, "exec"), vars(main))
         except SystemExit as ended:
             status = ended.code
-        finally:
-            signal.signal(signal.SIGINT, handlers[0])
-            signal.signal(signal.SIGTERM, handlers[1])
         if isinstance(status, str):                         # sys.exit("a message")
             print(status, file=error)
             status = 1
     return status or 0, *(stream.buffer.getvalue().decode() for stream in (out, error))
+
+
+def refused(script, *arguments):
+    """python SCRIPT ..., which must refuse with one line -> that line."""
+    status, out, error = run_as_main(script, *arguments)
+    assert status == 2 and len(error.strip().splitlines()) == 1 and "Traceback" not in error, (status, out, error)
+    return error
 
 
 @pytest.fixture

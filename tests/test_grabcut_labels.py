@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grabcut_labels
-from conftest import run_as_main
+from conftest import refused, run_as_main
 from grabcut_labels import (COVERS_IMAGE, EMPTY, STAYS_WHOLE, TOO_SMALL, BadInput, box_mask, class_fill_rates,
                             class_names, fill_rates, find_image, find_voc, grabcut, grabcut_mask, make_labels,
                             read_boxes, read_image, read_label, read_list)
@@ -630,24 +630,17 @@ def test_fallbacks_are_counted(tmp_path):
 
 
 # ---------------------------------------------------------------- bad input
-def refused(*arguments):
-    """Runs the command line, which must refuse with one line -> that line"""
-    status, out, error = command_line(*arguments)
-    assert status == 2 and "Traceback" not in error and error.strip().count("\n") == 0, error
-    return error
-
-
 def test_refusals(devkit, tmp_path):
     voc = find_voc(devkit)
     jpeg = next((voc / "JPEGImages").glob("*.jpg"))
-    assert "no VOC data in nowhere" in refused("--data", "nowhere")
-    assert "no image list" in refused("--data", devkit, "--split", "test")
-    assert "no image list" in refused("--data", devkit, "--list", tmp_path / "mine.txt")
-    assert "expected I/N" in refused("--data", devkit, "--shard", "3/2")
-    assert "expected I/N" in refused("--data", devkit, "--shard", "half")
+    assert "no VOC data in nowhere" in refused(SCRIPT, "--data", "nowhere")
+    assert "no image list" in refused(SCRIPT, "--data", devkit, "--split", "test")
+    assert "no image list" in refused(SCRIPT, "--data", devkit, "--list", tmp_path / "mine.txt")
+    assert "expected I/N" in refused(SCRIPT, "--data", devkit, "--shard", "3/2")
+    assert "expected I/N" in refused(SCRIPT, "--data", devkit, "--shard", "half")
     (tmp_path / "file").write_text("")
-    assert "--out" in refused("--data", devkit, "--out", tmp_path / "file")
-    assert "no image" in refused("--image", tmp_path / "none.jpg", "--box", 0, 0, 5, 5)
+    assert "--out" in refused(SCRIPT, "--data", devkit, "--out", tmp_path / "file")
+    assert "no image" in refused(SCRIPT, "--image", tmp_path / "none.jpg", "--box", 0, 0, 5, 5)
     for flags, words in ((("--detector-weights", "w"), "--detector-weights: only with --boxes detector"),
                          (("--score-threshold", 0.9, "--device", "cuda"), "--device --score-threshold: only with"),
                          (("--crowds",), "--crowds: only with --coco"), (("--show", -1), "--show of at least 0"),
@@ -655,11 +648,11 @@ def test_refusals(devkit, tmp_path):
                           "--no-share --split: not with --image")):
         status, _, error = command_line("--data", devkit, *flags)
         assert status == 2 and words in error.splitlines()[-1], error
-    assert "no area" in refused("--image", jpeg, "--box", 5, 5, 5, 9)
-    assert "no area" in refused("--image", jpeg, "--box", 500, 5, 600, 9)
-    assert "not a readable image" in refused("--image", voc / "class_names.txt", "--box", 0, 0, 5, 5)
+    assert "no area" in refused(SCRIPT, "--image", jpeg, "--box", 5, 5, 5, 9)
+    assert "no area" in refused(SCRIPT, "--image", jpeg, "--box", 500, 5, 600, 9)
+    assert "not a readable image" in refused(SCRIPT, "--image", voc / "class_names.txt", "--box", 0, 0, 5, 5)
     (voc / "class_names.txt").write_text("background\ncat\ncat\n")
-    assert "class_names.txt" in refused("--data", devkit)
+    assert "class_names.txt" in refused(SCRIPT, "--data", devkit)
 
 
 @pytest.mark.parametrize("arguments", [("--image", "x.jpg"), ("--split", "a", "--list", "b"), ("--iterations", "0"),
@@ -751,7 +744,7 @@ def test_a_torchvision_detector_from_a_local_file(drawn, tmp_path):
     assert status == 0 and "made 1, already there 0, failed 0" in out, error
     found = read_label(voc / "BoxMasks-detector" / f"{all_ids(voc)[0]}.png", (60, 80), 21)
     assert set(np.unique(found)) <= {0, 15} and found.any()
-    assert "no detector weights" in refused(*arguments, "--detector-weights", tmp_path / "none.pth")
+    assert "no detector weights" in refused(SCRIPT, *arguments, "--detector-weights", tmp_path / "none.pth")
 
 
 def test_detectors_that_cannot_be_made(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import grabcut_labels
 import mcg_candidates
-from conftest import run_as_main
+from conftest import refused, run_as_main
 from mcg_candidates import (METHODS, VOC_CLASSES, BadInput, box_iou, claim_folder, class_names, coco_boxes, coco_mask,
                             critical_levels, distinct, extents, felzenszwalb, find_voc, geodesic, geodesic_distance,
                             hierarchy, histograms, make_candidates, neighbours, read_boxes, read_candidates, read_coco,
@@ -32,13 +32,6 @@ SCRIPT = Path(mcg_candidates.__file__)
 def command_line(*arguments):
     """python mcg_candidates.py ... -> (exit status, stdout, stderr)"""
     return run_as_main(SCRIPT, *arguments)
-
-
-def refused(*arguments):
-    """Runs the command line, which must refuse with one line -> that line"""
-    status, out, error = command_line(*arguments)
-    assert status == 2 and "Traceback" not in error and error.strip().count("\n") == 0, error
-    return error
 
 
 def all_ids(voc):
@@ -488,7 +481,7 @@ def test_a_folder_of_another_kind_is_refused(drawn, tmp_path):
     for other in ((images, CLASS_NAMES, "ss"), (images, CLASS_NAMES[::-1], "gop"), (tmp_path, CLASS_NAMES, "gop")):
         with pytest.raises(BadInput, match="made with other"):
             claim_folder(folder, *other)
-    assert "made with other method" in refused("--data", devkit, "--method", "ss", "--out", folder)
+    assert "made with other method" in refused(SCRIPT, "--data", devkit, "--method", "ss", "--out", folder)
 
 
 # ---------------------------------------------------------------- runs
@@ -617,17 +610,17 @@ def test_the_list_that_is_taken(devkit):
 def test_refusals(devkit, tmp_path):
     voc = find_voc(devkit)
     jpeg = next((voc / "JPEGImages").glob("*.jpg"))
-    assert "no VOC data in nowhere" in refused("--data", "nowhere")
-    assert "no image list" in refused("--data", devkit, "--split", "test")
-    assert "expected I/N" in refused("--data", devkit, "--shard", "3/2")
+    assert "no VOC data in nowhere" in refused(SCRIPT, "--data", "nowhere")
+    assert "no image list" in refused(SCRIPT, "--data", devkit, "--split", "test")
+    assert "expected I/N" in refused(SCRIPT, "--data", devkit, "--shard", "3/2")
     (tmp_path / "file").write_text("")
-    assert "--out" in refused("--data", devkit, "--out", tmp_path / "file")
-    assert "no image" in refused("--image", tmp_path / "none.jpg")
-    assert "not a readable image" in refused("--image", voc / "class_names.txt")
-    assert "no area" in refused("--image", jpeg, "--box", 500, 5, 600, 9)
-    assert "--out" in refused("--image", jpeg, "--method", "gop", "--out", tmp_path / "file")
+    assert "--out" in refused(SCRIPT, "--data", devkit, "--out", tmp_path / "file")
+    assert "no image" in refused(SCRIPT, "--image", tmp_path / "none.jpg")
+    assert "not a readable image" in refused(SCRIPT, "--image", voc / "class_names.txt")
+    assert "no area" in refused(SCRIPT, "--image", jpeg, "--box", 500, 5, 600, 9)
+    assert "--out" in refused(SCRIPT, "--image", jpeg, "--method", "gop", "--out", tmp_path / "file")
     (voc / "class_names.txt").write_text("background\ncat\ncat\n")
-    assert "class_names.txt" in refused("--data", devkit)
+    assert "class_names.txt" in refused(SCRIPT, "--data", devkit)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -714,7 +707,7 @@ def test_candidates_of_coco(drawn, tmp_path):
     source = read_source(out)
     assert source["images"].samefile(images) and source["class_names"] == VOC_CLASSES
     (tmp_path / "names.txt").write_text("background\ngiraffe\ndog\n")
-    assert "other class_names" in refused(*arguments, "--class-names", tmp_path / "names.txt")
+    assert "other class_names" in refused(SCRIPT, *arguments, "--class-names", tmp_path / "names.txt")
     options = (*arguments, "--class-names", tmp_path / "names.txt", "--out", tmp_path / "own", "--shard", "2/2")
     status, text, error = command_line(*options)
     assert status == 0 and "made 2," in text and os.path.exists(tmp_path / "own" / "a.npz"), error
@@ -731,14 +724,15 @@ def test_candidates_of_coco(drawn, tmp_path):
     (out / "a.npz").unlink()
     status, text, error = command_line(*arguments)
     assert status == 1 and "made 0, already there 1, failed 1" in text and "no image" in error
-    assert "no --coco" in refused(*arguments, "--coco", tmp_path / "none.json")
-    assert "no folder --images" in refused(*arguments, "--images", tmp_path / "none")
-    assert "--class-names" in refused(*arguments, "--class-names", tmp_path / "none.txt")
+    assert "no --coco" in refused(SCRIPT, *arguments, "--coco", tmp_path / "none.json")
+    assert "no folder --images" in refused(SCRIPT, *arguments, "--images", tmp_path / "none")
+    assert "--class-names" in refused(SCRIPT, *arguments, "--class-names", tmp_path / "none.txt")
     for first in ("dog\ngiraffe\n", "tvmonitor\ndog\n"):                            # JSON's name, and VOC's for its tv
         (tmp_path / "names.txt").write_text(first)
-        assert "write background on a line before" in refused(*arguments, "--class-names", tmp_path / "names.txt")
+        said = refused(SCRIPT, *arguments, "--class-names", tmp_path / "names.txt")
+        assert "write background on a line before" in said
     (tmp_path / "names.txt").write_text("background\ndog\ndog\n")
-    assert "different names" in refused(*arguments, "--class-names", tmp_path / "names.txt")
+    assert "different names" in refused(SCRIPT, *arguments, "--class-names", tmp_path / "names.txt")
 
 
 @pytest.mark.parametrize("spoilt, words", [
@@ -832,7 +826,7 @@ def test_masks_of_coco(drawn, tmp_path):
     assert [labels[y, x] for y, x in ((0, 0), (3, 0), (2, 9), (10, 3), (2, -1))] == [0, 20, 20, 12, 255]
     status, text, _ = command_line(*arguments)
     assert status == 0 and "made 0, already there 2" in text
-    assert "other method" in refused(*arguments[:-1])
+    assert "other method" in refused(SCRIPT, *arguments[:-1])
 
 
 # ---------------------------------------------------------------- one image

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import run_as_main
+from conftest import kept_signals, refused
 from toy_voc import make_toy_voc
 
 import losses
@@ -42,12 +42,8 @@ def toy(tmp_path_factory):
 
 def train(toy, out, *flags):
     """One run in this process -> exit status."""
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
+    with kept_signals():
         return train_box2seg.main(["--data", str(toy), "--out", str(out), *TINY, *map(str, flags)])
-    finally:
-        signal.signal(signal.SIGINT, handlers[0])
-        signal.signal(signal.SIGTERM, handlers[1])
 
 
 def log_of(out):
@@ -553,14 +549,8 @@ def test_download_from_a_local_archive(toy, tmp_path, how):
 # Bad input: one line, on stderr, status 2
 # ---------------------------------------------------------------------------------------------------------------------
 
-def complaint(*flags):
-    status, out, error = run_as_main(SCRIPT, *flags)
-    assert status == 2 and len(error.strip().splitlines()) == 1 and "Traceback" not in error, (status, out, error)
-    return error
-
-
 def test_no_data_names_three_ways_on(tmp_path):
-    said = complaint("--data", tmp_path / "nowhere", "--out", tmp_path / "out")
+    said = refused(SCRIPT, "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
     assert "nowhere" in said and "--download" in said and "toy_voc.py" in said and "own" in said
 
 
@@ -570,7 +560,7 @@ def test_a_corrupt_picture_met_by_a_worker_is_one_line(toy, tmp_path):
     name = train_box2seg.read_list(data / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt")[1]
     picture = data / "VOC2012" / "JPEGImages" / f"{name}.jpg"
     picture.write_bytes(picture.read_bytes()[:300])
-    said = complaint("--data", data, "--out", tmp_path / "out", *TINY, "--workers", 1, "--loss", "mask")
+    said = refused(SCRIPT, "--data", data, "--out", tmp_path / "out", *TINY, "--workers", 1, "--loss", "mask")
     assert f"{name}.jpg" in said
 
 
@@ -631,7 +621,7 @@ def test_a_run_goes_on_with_as_many_processes_as_it_had(toy, tmp_path, whole_run
 
 def test_a_damaged_checkpoint_is_one_line(toy, tmp_path, whole_run):
     (tmp_path / "last.pt").write_bytes((whole_run / "last.pt").read_bytes()[:1000])
-    assert "last.pt" in complaint("--resume", "--out", tmp_path)
+    assert "last.pt" in refused(SCRIPT, "--resume", "--out", tmp_path)
 
 
 def test_missing_truth_to_validate_on_is_said_before_training(toy, tmp_path):

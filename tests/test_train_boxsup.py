@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_as_main
+from conftest import kept_signals, refused
 from toy_voc import make_toy_voc
 
 import losses
@@ -65,12 +65,8 @@ def toy(tmp_path_factory):
 
 def train(toy, out, *flags):
     """One run in this process -> exit status."""
-    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
+    with kept_signals():
         return train_boxsup.main(["--data", str(toy), "--out", str(out), *TINY, *map(str, flags)])
-    finally:
-        signal.signal(signal.SIGINT, handlers[0])
-        signal.signal(signal.SIGTERM, handlers[1])
 
 
 def log_of(out):
@@ -679,14 +675,8 @@ def test_vgg_takes_a_step(toy, tmp_path):
 # Bad input
 # ---------------------------------------------------------------------------------------------------------------------
 
-def complaint(*flags):
-    status, out, error = run_as_main(SCRIPT, *flags)
-    assert status == 2 and len(error.strip().splitlines()) == 1 and "Traceback" not in error, (status, out, error)
-    return error
-
-
 def test_no_data_names_three_ways_on(tmp_path):
-    said = complaint("--data", tmp_path / "nowhere")
+    said = refused(SCRIPT, "--data", tmp_path / "nowhere")
     assert "nowhere" in said and "--download" in said and "toy_voc.py" in said and "own" in said
 
 
@@ -694,7 +684,7 @@ def test_corrupt_candidates_met_by_a_worker_are_one_line(tmp_path):
     data = draw(tmp_path, 4, 2)
     broken = sorted((data / "VOC2012" / "Candidates-mcg").glob("*.npz"))[1]
     broken.write_bytes(broken.read_bytes()[:300])
-    said = complaint("--data", data, "--out", tmp_path / "out", *TINY, "--workers", 1)
+    said = refused(SCRIPT, "--data", data, "--out", tmp_path / "out", *TINY, "--workers", 1)
     assert broken.name in said and "delete" in said
 
 
