@@ -50,7 +50,7 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
     "aw-fr":        ("grabcut",        "L_GC",    True,  "fr",    False),
     # Ours, controls for AW-fr: attention is not learned, but GrabCut's mask (alpha(i, c) = 1 where M is c, else 0)
     # or 1, so that L_alpha^fr is 0. What "aw-mask" gains over "grabcut" comes from objects' pixels counting more, not
-    # from attention; what "aw-one" loses against AW-fr is what attention is for.
+    # from attention; what "aw-one" loses against AW-fr is what attention, or its smaller weight, is good for.
     "aw-mask":      ("grabcut",        "L_GC",    True,  "fr",    False),
     "aw-one":       ("grabcut",        "L_GC",    True,  "fr",    False),
     "box2seg":      ("grabcut",        "L_GC",    True,  "fr",    True),
