@@ -351,8 +351,8 @@ def test_during_the_warm_up_there_is_no_feedback(toy, tmp_path, monkeypatch):
 
 
 def test_lambda_holds_for_the_boxes_that_the_network_recognizes(toy, tmp_path, monkeypatch):
-    """A network that calls everything background changes nothing, whatever lambda; one that recognizes every box has
-    the same costs as under a constant lambda."""
+    """A network that recognizes too little of every box changes nothing, whatever lambda; with one that recognizes
+    enough costs are those of a constant lambda."""
     def updates(name, *flags):
         assert train(toy, tmp_path / name, "--epochs", 2, "--top-k", 1, "--lr", 0, "--lambda-r", 3, *flags) == 0
         return [r for r in log_of(tmp_path / name) if "labels_of_epoch" in r]
