@@ -48,10 +48,12 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
     "affinity":     ("grabcut",        "L_GC",    False, None,    True),
     "aw-box":       ("grabcut",        "L_GC",    True,  "box",   False),
     "aw-fr":        ("grabcut",        "L_GC",    True,  "fr",    False),
-    # Ours, controls for AW-fr: attention is not learned, but GrabCut's mask (alpha(i, c) = 1 where M is c, else 0)
-    # or 1, so that L_alpha^fr is 0. What "aw-mask" gains over "grabcut" comes from objects' pixels counting more, not
-    # from attention; what "aw-one" loses against AW-fr is what attention, or its smaller weight, is good for.
+    # Ours, controls for AW-fr: attention is not learned, but GrabCut's mask (alpha(i, c) = 1 where M is c, else 0),
+    # gamma eta_c in the whole box, or 1; L_alpha^fr is 0 with each. What "aw-mask" gains over "grabcut" comes from
+    # objects' pixels counting more, not from attention. "aw-flat" is all that L_alpha^fr asks for, and says nothing
+    # about where: what it loses against AW-fr is what attention is for. "aw-one" weighs the boxes more than either.
     "aw-mask":      ("grabcut",        "L_GC",    True,  "fr",    False),
+    "aw-flat":      ("grabcut",        "L_GC",    True,  "fr",    False),
     "aw-one":       ("grabcut",        "L_GC",    True,  "fr",    False),
     "box2seg":      ("grabcut",        "L_GC",    True,  "fr",    True),
     "mask":         ("masks",          "L_CE",    False, None,    False),
@@ -63,7 +65,7 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
     "mask-aw-gc":   ("masks",          "L_CE",    True,  "fr",    False),
     "filling-rate": ("boxes",          "L_FR",    False, None,    False),  # Song et al. 2019, see Sect. 2
 }
-FIXED = ("aw-mask", "aw-one")       # rows whose attention is given, so that no branch is trained for it
+FIXED = ("aw-mask", "aw-flat", "aw-one")    # rows whose attention is given, so that no branch is trained for it
 
 # --recipe sets these defaults; a flag of its own overrides each.
 # PAPER SILENT: batch size, crop, and how long stage 1 lasts; 16 (DeepLab's of the time is 10 to 20), 321 (DeepLab's),
@@ -146,6 +148,8 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
             alpha = None if attention is None else attention.float().sigmoid()
             if args.loss in FIXED:
                 alpha = one_hot[:, 1:] if args.loss == "aw-mask" else torch.ones_like(one_hot[:, 1:])
+                if args.loss == "aw-flat":
+                    alpha = alpha * args.gamma * losses.fill_rate(M, B, num_classes)[:, :, None, None]
             loss, terms = losses.box2seg_loss(
                 logits, alpha, beta, B, M, num_samples, fill_labels=fill,
                 lambda_aw=args.lambda_aw if with_aw else 0, lambda_alpha=args.lambda_alpha,
@@ -279,7 +283,7 @@ def parse_arguments(argv):
     add("--label-dir", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ are or are to be made (default: in "
         "--data)")
     add("--loss", default="box2seg", choices=list(ROWS), help="row of Table 3 or 4; filling-rate: Song et al.; "
-        "aw-mask, aw-one (ours): attention is GrabCut's mask, or 1 (default %(default)s)")
+        "aw-mask, aw-flat, aw-one (ours): attention is GrabCut's mask, gamma eta_c, or 1 (default %(default)s)")
     add("--masks", type=float, default=1.0, metavar="FRACTION", help="train on the true masks of this fixed "
         "random fraction of the images; without --loss it means --loss mask (paper, Table 5: 0.05, 0.1, 1; default "
         "%(default)s)")
@@ -348,6 +352,8 @@ def without_effect(args):
         names |= {"lambda_aw"}
     if not with_aw or not args.lambda_aw or args.loss in FIXED:
         names |= {"lambda_alpha", "gamma"}
+    if args.loss == "aw-flat" and args.lambda_aw:
+        names -= {"gamma"}
     return names | ({"gamma"} if regularizer == "box" else set())
 
 

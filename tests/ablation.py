@@ -41,8 +41,8 @@ TABLES = {
         "box": (["--loss", "box"], 59.3), "grabcut": (["--loss", "grabcut"], 72.7),
         "affinity": (["--loss", "affinity"], 73.9), "aw-box": (["--loss", "aw-box"], 74.1),
         "aw-fr": (["--loss", "aw-fr"], 74.6), "box2seg": (["--loss", "box2seg"], 74.9),
-        "aw-mask": (["--loss", "aw-mask"], "-"), "aw-one": (["--loss", "aw-one"], "-"),  # ours: attention is given
-        "filling-rate": (["--loss", "filling-rate"], "-"),
+        "aw-mask": (["--loss", "aw-mask"], "-"), "aw-flat": (["--loss", "aw-flat"], "-"),  # ours: attention is given
+        "aw-one": (["--loss", "aw-one"], "-"), "filling-rate": (["--loss", "filling-rate"], "-"),
         # Table 4: true masks, and masks of which a tenth of the objects is missing, as in Fig. 7
         "mask": (["--loss", "mask"], 73.6), "mask-aw": (["--loss", "mask-aw"], 75.1),
         "mask-aw-gc": (["--loss", "mask-aw-gc"], 75.1),
@@ -154,8 +154,8 @@ def prepare(args, voc, out):
     """Labels and candidates that several runs would otherwise make at the same time."""
     flags = ["--data", args.data] + (["--split", args.split] if args.split else [])
     box2seg = args.paper == "box2seg"
-    labelled = {"box", "grabcut", "affinity", "aw-box", "aw-fr", "box2seg", "aw-mask", "aw-one",
-                "filling-rate", "mask-aw", "mask-aw-gc"} & set(args.rows)
+    labelled = {"box", "grabcut", "affinity", "aw-box", "aw-fr", "box2seg", "aw-mask", "aw-flat",
+                "aw-one", "filling-rate", "mask-aw", "mask-aw-gc"} & set(args.rows)
     made = [["grabcut_labels.py", *flags]] if box2seg and labelled or "grabcut" in args.rows else []
     if any("missing" in row for row in args.rows):
         without_some_objects(args.data, args.split, out)

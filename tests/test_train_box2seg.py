@@ -1,6 +1,7 @@
 """train_box2seg.py: crops, order of batches, every row of the tables, interrupts, processes, bad input."""
 import functools
 import http.server
+import itertools
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from toy_voc import make_toy_voc
 
 import losses
 import train_box2seg
-from grabcut_labels import class_fill_rates, read_list, write_label
+from grabcut_labels import class_fill_rates, read_label, read_list, write_label
 from model import (BadInput, Box2SegNet, batches, load_network, mixed_precision, place_network, random_crop,
                    validate)
 from train_box2seg import FIXED, ROWS
@@ -234,6 +235,28 @@ def test_what_attention_is_and_what_it_is_held_to(toy, tmp_path, monkeypatch, ro
             assert held == 0 and not alpha.requires_grad
             assert (alpha == 1).all() if row == "aw-one" else torch.equal(alpha.sum(1), ((M > 0) & (M != 255)).float())
     assert len(seen) == 3
+
+
+def test_flat_attention(toy, tmp_path, monkeypatch):
+    """aw-flat: the least that L_alpha^fr lets attention fill, evenly: gamma times the share of the class's boxes that
+    M calls the class, here what lies in the right half of the image, and 0 for a class without a box."""
+    where, seen, original = tmp_path / "labels", [], losses.box2seg_loss
+    train(toy, tmp_path / "made", "--loss", "grabcut", "--epochs", 1, "--label-dir", where)
+    for path in (where / "BoxMasks").glob("*.png"):
+        label = read_label(path)
+        label[:, :32] = 0
+        write_label(where / "GrabCutMasks" / path.name, label)
+    monkeypatch.setattr(losses, "box2seg_loss", lambda *a, **k: seen.append(a) or original(*a, **k))
+    assert train(toy, tmp_path / "run", "--loss", "aw-flat", "--epochs", 1, "--label-dir", where, "--gamma", 0.6) == 0
+    rates = set()
+    for _, alpha, _, B, M, *_ in seen:
+        for n, c in itertools.product(range(len(B)), range(alpha.shape[1])):
+            box = B[n] == c + 1
+            rate = ((M[n] == c + 1) & box).sum() / box.sum().clamp(min=1)
+            assert (alpha[n, c] == 0.6 * rate).all() and not alpha.requires_grad
+            rates.add(round(float(rate), 3))
+        assert losses.fill_rate_loss(alpha, B, M, 0.6) < 1e-6
+    assert len(seen) == 3 and 0 in rates and 1 in rates and len(rates) > 4
 
 
 @pytest.mark.parametrize("row, cross_entropy, boxes, regularizer, pairs", [
@@ -508,6 +531,8 @@ def test_a_run_that_goes_on_with_corrected_boxes_says_so(tmp_path, capsys):
      "--detach-targets"),
     ("--loss aw-box --gamma 0.5 --lambda-alpha 2", "--embedding-dim --pretrain-epochs --gamma"),
     ("--loss aw-one --lambda-aw 1 --gamma 0.5 --pretrain-epochs 0", "--embedding-dim --gamma"),
+    ("--loss aw-flat --lambda-alpha 2 --gamma 0.5 --pretrain-epochs 0", "--embedding-dim --lambda-alpha"),
+    ("--loss aw-flat --lambda-aw 0 --gamma 0.5 --pretrain-epochs 0", "--embedding-dim --gamma"),
     ("--loss box2seg --lambda-a 0 --pretrain-epochs 0", "--embedding-dim"),
     ("--loss mask --label-dir there --pretrain-epochs 0", "--label-dir --embedding-dim"),
     ("--loss box2seg --gamma 0.5 --lambda-aw 2 --lambda-alpha 9 --lambda-a 2 --label-dir there", "")])
