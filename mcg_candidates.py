@@ -28,7 +28,7 @@ come from the pixels alone. No learned model is shipped: the published MCG reads
 ranks by a random forest, and the published GOP learns its seeds, all trained on masks; here contours, ranks and seeds
 follow from the image by rule. What exists is kept, unless its boxes were corrected since: a second run makes only what
 is missing, so a run may be interrupted at any time. Delete the folder to make it anew. Expect 1.2 s (mcg), 1.1 s (ss),
-0.3 s (gop) of one core and about 100 KB for an image of VOC's size.
+0.2 s (gop) of one core and about 100 KB for an image of VOC's size.
 """
 import argparse
 import contextlib
@@ -633,7 +633,7 @@ def critical_levels(signed, sizes, number=6, smallest=0.01, largest=0.9):
 
 
 def geodesic(image, max_candidates=3500, spacing=14, seeds=80, step=0.3):
-    """-> superpixels (H, W) int32, members (N, R) bool, by seed; N = 0 in an image of one superpixel. About 0.3 s and
+    """-> superpixels (H, W) int32, members (N, R) bool, by seed; N = 0 in an image of one superpixel. About 0.2 s and
     2,700 of them a VOC image."""
     superpixels = watershed(image, spacing)
     sizes = np.bincount(superpixels.ravel()) / superpixels.size                                   # (R,), add up to 1

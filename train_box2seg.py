@@ -82,7 +82,7 @@ FIXED = ("aw-mask", "aw-flat", "aw-one")    # rows whose attention is given, so 
 # of steps and rate one rate for all gave 10.1 mIoU on 21 classes, ten times as much for the fresh layers gave 44.3
 # (docs/results.md, "The printed learning rate"). "printed" has 1e-4 for all. Not measured: with ResNet-101.
 # With --init (Table 5) these layers keep their rate, though they are not new: with a tenth of it 5 % of the masks
-# harmed less, and all of them helped less (docs/results.md, "Table 5").
+# harmed less, and all of them gained nothing (docs/results.md, "Table 5").
 # PAPER SILENT: a setting for photographs without a large GPU; "photos" is ours: an encoder that a laptop can train,
 # which knows its classes from ImageNet, and so keeps its BatchNorm and learns at a tenth of the rate; lambda_AW 0.3
 # and lambda_alpha 1.5 are chosen on photographs held out of training (docs/results.md, "Weights of the losses").
