@@ -102,13 +102,15 @@ def arguments_of(args, row):
 
 
 def read_run(folder):
-    """A finished run's folder -> mIoU of the last epoch, of BoxSup's first and last masks, and what it was run with."""
+    """A finished run's folder -> mIoU of the last epoch, of BoxSup's first and last masks, what attention fills (eta',
+    mean over the steps of the last epoch), and what it was run with."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     masks = [record["mask_miou"] for record in records if "mask_miou" in record]
-    attention = [record["eta'"] for record in records if "eta'" in record]
+    filled = [record for record in records if "eta'" in record]
+    attention = [record["eta'"] for record in filled if record["epoch"] > filled[-1]["epoch"] - 1 + 1e-6]
     return {"miou": [record["miou"] for record in records if "miou" in record][-1], "masks": masks[:1] + masks[-1:],
-            "attention": attention[-1:], "git": records[0]["git"], "torch": records[0]["versions"]["torch"],
-            "device": records[0]["device"], "date": time.strftime("%Y-%m-%d")}
+            "attention": [statistics.mean(attention)] if attention else [], "git": records[0]["git"],
+            "torch": records[0]["versions"]["torch"], "device": records[0]["device"], "date": time.strftime("%Y-%m-%d")}
 
 
 def without_some_objects(data, split, out, share=0.1):
@@ -227,6 +229,7 @@ def main():
                 flags = [flag.replace("OUT", str(out)).replace("SEED", str(seed)).replace("MISSING", f"{out}/missing")
                          for flag in flags_of(args, row)]
                 command += ["--data", args.data, "--seed", seed, "--val-every", 1000,  # the last epoch alone
+                            "--log-every", 1,           # for the mean of eta'
                             *(["--workers", 0] if args.jobs > 1 else []), *flags]
             if not (folder / "done.json").exists():
                 waiting.append((row, seed, list(map(str, command))))

@@ -55,6 +55,19 @@ def test_ablation_prints_rows_and_runs_nothing_twice(folder):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")} == before
 
 
+def test_what_ablation_reads_of_a_run(tmp_path):
+    """Of a run of 2 epochs of 3 steps, the first in a stage of its own: the last mIoU, and eta' of the last epoch."""
+    first = {"git": "abc", "versions": {"torch": "2"}, "device": "cpu"}
+    steps = [{"stage": 1, "step": 3, "epoch": 1.0, "L_A": 1.0}] + [
+        {"stage": 2, "step": step, "epoch": step / 3, "eta'": fills}
+        for step, fills in enumerate((0.9, 0.9, 0.9, 0.1, 0.2, 0.6), 1)]
+    scores = [{"stage": 2, "step": 3, "epoch": 1, "miou": 0.2}, {"stage": 2, "step": 6, "epoch": 2, "miou": 0.4}]
+    for records, fills in (steps + scores, [pytest.approx(0.3)]), (scores, []):
+        (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, [first, *records])))
+        run = ablation_script.read_run(tmp_path)
+        assert (run["miou"], run["attention"], run["git"], run["torch"]) == (0.4, fills, "abc", "2")
+
+
 def test_ablation_of_a_row_that_fails_and_of_other_settings(folder):
     flags = "--data", "VOCdevkit", "--paper", "boxsup", "--rows", "rectangles", "--", "--crop", 1
     assert "mIoU" not in call("ablation.py", "--out", "other", *flags, folder=folder, status=1)
