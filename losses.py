@@ -91,9 +91,9 @@ def foreground_loss(logits, alpha, box_labels):
     # own box area, "to give similar weighting to each class" as its text says, sum over classes, mean over images.
     # (Measured on photographs of 21 classes, lambda_AW 0.3: Box2Seg's gain does not need learned attention. Alpha = M
     # gains as much, alpha = 1 nearly as much, and so does one divisor for all classes; what gains is that objects'
-    # pixels count more. With twice the epochs 0.7 points of it remain, with noisier M 3.0; there learned attention
-    # is 1.0 better than alpha = 1. A divisor for each class helps small objects: docs/results.md,
-    # "Box2Seg, 21 classes".)
+    # pixels count more. With twice the epochs 0.7 points of it remain, with noisier M 3.0; there, too, alpha spread
+    # evenly over the box, gamma eta_c, is as good as learned. A divisor for each class helps small objects:
+    # docs/results.md, "Box2Seg, 21 classes".)
     if box_labels.shape != logits[:, 0].shape:  # (N, 1, h, w) would broadcast, and cross images
         raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit logits {tuple(logits.shape)}")
     if alpha.shape != logits[:, 1:].shape:      # one map for all classes would broadcast, and Eq. 8 see class 1 alone
