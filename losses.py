@@ -390,7 +390,7 @@ def regression_cost(logits, superpixels, members, boxes, classes):
     # worse. Where lambda holds for recognized boxes only, the mean over the box and the mean over the image give
     # equally good masks, of small boxes, too: docs/results.md, "Network feedback".)
     # PAPER SILENT: what Eq. 3 counts where boxes overlap, when each box chooses by itself. A pixel in several boxes is
-    # the smallest one's, whose segment is painted last: 73.0 / 68.9 mIoU of the chosen masks in place of 72.2 / 68.5
+    # the smallest one's, whose segment is painted last: 72.5 / 68.8 mIoU of the chosen masks in place of 71.2 / 67.8
     # where such pixels counted for none (docs/results.md, "Network feedback"). (Where the smallest box's segment leaves
     # them free, a larger box's may be painted there; that is not counted.)
     (H, W), K, R = superpixels.shape, len(boxes), members.shape[1]

@@ -195,7 +195,7 @@ def paint(size, boxes, classes, segments):
     # Box2Seg), since what lies in front is more often the smaller.
     # DEPARTS: the paper paints the whole segment, and "all other pixels are assigned the background label" (Sect. 4.3).
     # Here the part of a segment outside its box becomes background, too: it is not the object, and E_r does not count
-    # it. Masks of 68.9 mIoU in place of 67.2 (docs/results.md, "Network feedback").
+    # it. Masks of 68.8 mIoU in place of 67.2 (docs/results.md, "Network feedback").
     labels = np.zeros(size, np.uint8)
     for k in larger_first(boxes):
         x0, y0, x1, y1 = boxes[k]
@@ -232,7 +232,7 @@ def score_candidates(network, image, c, image_id, args):
     # by the box's class; for the others it is 0. A network takes what it does not recognize for background, and E_r is
     # then smallest for the smallest segment. (What is thin or mostly hidden never fills 0.3 of its box, and stays with
     # E_o: true masks fill less in 70 of 899 boxes of VOC's 2007.) After four epochs of 382 photographs lambda = 3 for
-    # every box made masks of 53.2 mIoU, E_o alone 65.8, and lambda = 3 for the boxes recognized 68.9 (docs/results.md,
+    # every box made masks of 53.0 mIoU, E_o alone 65.8, and lambda = 3 for the boxes recognized 68.8 (docs/results.md,
     # "Network feedback").
     device = next(network.parameters()).device
     with torch.inference_mode():
