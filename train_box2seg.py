@@ -51,8 +51,8 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
     # Ours, controls for AW-fr: attention is not learned, but GrabCut's mask (alpha(i, c) = 1 where M is c, else 0),
     # gamma eta_c in the whole box, or 1; L_alpha^fr is 0 with each. What "aw-mask" gains over "grabcut" comes from
     # objects' pixels counting more, not from attention. "aw-flat" is all that L_alpha^fr asks for, and says nothing
-    # about where: what it loses against AW-fr is what attention is for (nothing on 21 classes: docs/results.md,
-    # "Box2Seg, 21 classes"). "aw-one" weighs the boxes more than either.
+    # about where: what it loses against AW-fr is what attention is for (on 21 classes nothing to be seen:
+    # docs/results.md, "Box2Seg, 21 classes"). "aw-one" weighs the boxes more than either.
     "aw-mask":      ("grabcut",        "L_GC",    True,  "fr",    False),
     "aw-flat":      ("grabcut",        "L_GC",    True,  "fr",    False),
     "aw-one":       ("grabcut",        "L_GC",    True,  "fr",    False),
