@@ -147,10 +147,13 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
             terms = {name: loss}
         else:                                                   # Eq. 11
             alpha = None if attention is None else attention.float().sigmoid()
-            if args.loss in FIXED:
-                alpha = one_hot[:, 1:] if args.loss == "aw-mask" else torch.ones_like(one_hot[:, 1:])
-                if args.loss == "aw-flat":
-                    alpha = alpha * args.gamma * losses.fill_rate(M, B, num_classes)[:, :, None, None]
+            if args.loss == "aw-mask":
+                alpha = one_hot[:, 1:]
+            elif args.loss == "aw-flat":
+                eta = losses.fill_rate(M, B, num_classes)[:, :, None, None]
+                alpha = (args.gamma * eta).expand_as(one_hot[:, 1:])
+            elif args.loss == "aw-one":
+                alpha = torch.ones_like(one_hot[:, 1:])
             loss, terms = losses.box2seg_loss(
                 logits, alpha, beta, B, M, num_samples, fill_labels=fill,
                 lambda_aw=args.lambda_aw if with_aw else 0, lambda_alpha=args.lambda_alpha,
@@ -352,10 +355,10 @@ def without_effect(args):
     if not with_aw:
         names |= {"lambda_aw"}
     if not with_aw or not args.lambda_aw or args.loss in FIXED:
-        names |= {"lambda_alpha", "gamma"}
-    if args.loss == "aw-flat" and args.lambda_aw:
-        names -= {"gamma"}
-    return names | ({"gamma"} if regularizer == "box" else set())
+        names |= {"lambda_alpha"}
+    if not with_aw or not args.lambda_aw or args.loss in ("aw-mask", "aw-one") or regularizer == "box":
+        names |= {"gamma"}
+    return names
 
 
 def training_images(voc, args):

@@ -32,6 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_boxsup
 from grabcut_labels import VOC_CLASSES, BadInput, class_names, find_voc, read_boxes, read_label, write_label
+from train_box2seg import ROWS
 from train_boxsup import training_list, truth_file
 
 # row: (flags, mIoU in the paper on VOC 2012 val). Flags name OUT, the folder of all runs, and SEED, and MISSING, the
@@ -156,8 +157,7 @@ def prepare(args, voc, out):
     """Labels and candidates that several runs would otherwise make at the same time."""
     flags = ["--data", args.data] + (["--split", args.split] if args.split else [])
     box2seg = args.paper == "box2seg"
-    labelled = {"box", "grabcut", "affinity", "aw-box", "aw-fr", "box2seg", "aw-mask", "aw-flat",
-                "aw-one", "filling-rate", "mask-aw", "mask-aw-gc"} & set(args.rows)
+    labelled = (ROWS.keys() - {"mask"}) & set(args.rows)
     made = [["grabcut_labels.py", *flags]] if box2seg and labelled or "grabcut" in args.rows else []
     if any("missing" in row for row in args.rows):
         without_some_objects(args.data, args.split, out)
