@@ -1178,14 +1178,19 @@ def seed_of(*key):
 # Steps, validation, and what goes on between steps.
 
 def sgd_step(loss, model, optimizer, scaler, clip_norm):
-    """Gradients of the loss, of any norm or (clip_norm > 0) of at most this one, and one step of the optimizer."""
+    """Gradients of the loss, of any norm or (clip_norm > 0) of at most this one, and one step of the optimizer.
+
+    -> 1 if the gradient was cut, otherwise 0, a scalar on its device.
+    """
+    norm = loss.new_zeros(())
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
     if clip_norm:
         scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
     scaler.step(optimizer)
     scaler.update()
+    return (norm > clip_norm).float()
 
 
 @contextlib.contextmanager

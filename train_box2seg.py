@@ -13,7 +13,8 @@ Writes   VOC2012/{BoxMasks,GrabCutMasks} where missing (stage 0), and in --out:
          last.pt, best.pt   checkpoints, as evaluate.py reads them; report last.pt: best.pt is chosen on --val-split
          log.jsonl          first line the arguments, git revision, versions, device, seed; then a record every
                             --log-every steps: loss terms by their name in the paper (of the first process's share of
-                            the batch), learning rate, images per second; and a record for each validation
+                            the batch), whether the gradient was clipped (0 or 1), learning rate, images per second;
+                            and a record for each validation
 
 The paper's pipeline (Fig. 3, Sect. 4.1) is three stages; **train_stage() below is the algorithm**, the last two:
     stage 0   boxes -> label maps B, GrabCut -> label maps M                  grabcut_labels.py
@@ -163,8 +164,8 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
             if alpha is not None:                               # Eq. 8, for the log: does attention live?
                 terms["eta'"] = mean_fill(alpha.detach(), B)
 
-        sgd_step(loss, model, optimizer, scaler, args.clip_norm)
-        progress.finish_step(lr, terms | {"L": loss})
+        clipped = sgd_step(loss, model, optimizer, scaler, args.clip_norm)
+        progress.finish_step(lr, terms | {"L": loss} | ({"clipped": clipped} if args.clip_norm else {}))
 
 
 def mean_fill(alpha, B):
@@ -174,11 +175,17 @@ def mean_fill(alpha, B):
     return losses.attention_fill_rate(alpha, B).sum() / present.sum().clamp(min=1)
 
 
-def dead_attention(means):
-    """The remark on an epoch in which attention filled next to nothing."""
+def remarks(clip_norm, means):
+    """On an epoch in which most steps were cut, or attention filled next to nothing -> lines to print, "" for none."""
+    lines = []
+    if means.get("clipped", 0.0) > 0.5:
+        lines.append(f"{means['clipped']:.0%} of the gradients were cut to --clip-norm {clip_norm:g}, so that the "
+                     "network learns more slowly than --lr says: give a larger --clip-norm, or smaller loss weights")
     if means.get("eta'", 1.0) < 0.05:
-        return ("attention is dead: it fills less than 5 % of the boxes, and L_AW is little more than the background's "
-                "loss; if it stays so, give --lambda-alpha at least 5 times --lambda-aw, and aw-fr rather than aw-box")
+        lines.append("attention is dead: it fills less than 5 % of the boxes, and L_AW is little more than the "
+                     "background's loss; if it stays so, give --lambda-alpha at least 5 times --lambda-aw, and aw-fr "
+                     "rather than aw-box")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,7 +478,7 @@ def main(argv):
 
         progress = Progress(args, out, save, score if stage == 2 and val_ids else None, interrupted,
                             title=f"stage {stage}", where={"stage": stage}, step=step, epochs=epochs,
-                            per_epoch=per_epoch, best=best, remark=dead_attention)
+                            per_epoch=per_epoch, best=best, remark=partial(remarks, args.clip_norm))
         try:
             train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args, progress)
         except Interrupted as where:

@@ -25,7 +25,7 @@ import losses
 import train_box2seg
 from grabcut_labels import class_fill_rates, read_label, read_list, write_label
 from model import (BadInput, Box2SegNet, batches, load_network, mixed_precision, place_network, random_crop,
-                   validate)
+                   sgd_step, validate)
 from train_box2seg import FIXED, ROWS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_box2seg.py"
@@ -132,6 +132,26 @@ def test_a_run_whose_attention_is_dead_says_so(toy, tmp_path, capsys):
     assert log_of(tmp_path / "dead")[-2]["eta'"] < 0.05
     assert train(toy, tmp_path / "alive", "--loss", "aw-fr", "--epochs", 3) == 0
     assert "attention is dead" not in capsys.readouterr().out and log_of(tmp_path / "alive")[-2]["eta'"] > 0.2
+
+
+@pytest.mark.parametrize("clip_norm, cut, step", [(0, 0, 5), (4, 1, 4), (6, 0, 5)])
+def test_a_gradient_that_is_too_long_is_cut(clip_norm, cut, step):
+    """L = 3 v + 4 w: a gradient of norm 5."""
+    layer = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(layer.weight)
+    loss = layer(torch.tensor([[3.0, 4.0]])).sum()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    assert sgd_step(loss, layer, torch.optim.SGD(layer.parameters(), lr=1.0), scaler, clip_norm) == cut
+    torch.testing.assert_close(layer.weight[0], -torch.tensor([0.6, 0.8]) * step)
+
+
+def test_a_run_whose_gradients_are_cut_says_so(toy, tmp_path, capsys):
+    for name, clip_norm, clipped in (("short", 0.001, 1), ("long", 1000, 0)):
+        assert train(toy, tmp_path / name, "--loss", "grabcut", "--epochs", 1, "--clip-norm", clip_norm) == 0
+        said = "100% of the gradients were cut to --clip-norm 0.001" in capsys.readouterr().out
+        assert said == clipped and log_of(tmp_path / name)[-2]["clipped"] == clipped
+    assert train(toy, tmp_path / "any", "--loss", "grabcut", "--epochs", 1, "--clip-norm", 0) == 0
+    assert "were cut" not in capsys.readouterr().out and "clipped" not in log_of(tmp_path / "any")[-2]
 
 
 def test_recipes_hold_attention_but_for_the_printed_weights():
