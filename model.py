@@ -1279,8 +1279,10 @@ class Progress:
             self.waited += time.time() - clock
             yield step, batch
 
-    def finish_step(self, lr, terms):
-        """Call it after each step; terms: {name: scalar tensor}."""
+    def finish_step(self, lr, terms, clipped):
+        """Call it after each step; terms: {name: scalar tensor}; clipped: what sgd_step() says of the gradient."""
+        if self.args.clip_norm:
+            terms = terms | {"clipped": clipped}
         self.step += 1
         values = torch.stack([value.detach().float() for value in terms.values()])          # stays on the device
         self.unread.append((self.step, lr, list(terms), values))
@@ -1320,8 +1322,9 @@ class Progress:
 
     def finish_epoch(self, lr):
         epoch, elapsed = self.step // self.per_epoch, time.time() - self.started
+        means = {name: total / self.count for name, total in self.sums.items()}
         line = f"{self.title}  epoch {epoch:{len(str(self.epochs))}d}/{self.epochs}" + "".join(
-            f"  {name} {total / self.count:.4f}" for name, total in self.sums.items())
+            f"  {name} {mean:.4f}" for name, mean in means.items())
         line += (f"  lr {lr:.1e}  {self.count * self.args.batch_size / elapsed:5.1f} img/s  "
                  f"wait {self.waited / elapsed:3.0%}")
         if self.score and (epoch % self.args.val_every == 0 or epoch == self.epochs):
@@ -1333,7 +1336,11 @@ class Progress:
                 self.save("best.pt", self.step, self.best)
         self.close_bar()
         print_rank0(line, flush=True)
-        if self.remark and (line := self.remark({name: total / self.count for name, total in self.sums.items()})):
+        if means.get("clipped", 0.0) > 0.5:
+            print_rank0(f"{means['clipped']:.0%} of the gradients were cut to --clip-norm {self.args.clip_norm:g}, so "
+                        "that the network learns more slowly than --lr says: give a larger one, or 0 for none",
+                        flush=True)
+        if self.remark and (line := self.remark(means)):
             print_rank0(line, flush=True)
 
     def close_bar(self):

@@ -165,7 +165,7 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
                 terms["eta'"] = mean_fill(alpha.detach(), B)
 
         clipped = sgd_step(loss, model, optimizer, scaler, args.clip_norm)
-        progress.finish_step(lr, terms | {"L": loss} | ({"clipped": clipped} if args.clip_norm else {}))
+        progress.finish_step(lr, terms | {"L": loss}, clipped)
 
 
 def mean_fill(alpha, B):
@@ -175,17 +175,11 @@ def mean_fill(alpha, B):
     return losses.attention_fill_rate(alpha, B).sum() / present.sum().clamp(min=1)
 
 
-def remarks(clip_norm, means):
-    """On an epoch in which most steps were cut, or attention filled next to nothing -> lines to print, "" for none."""
-    lines = []
-    if means.get("clipped", 0.0) > 0.5:
-        lines.append(f"{means['clipped']:.0%} of the gradients were cut to --clip-norm {clip_norm:g}, so that the "
-                     "network learns more slowly than --lr says: give a larger --clip-norm, or smaller loss weights")
+def dead_attention(means):
+    """The remark on an epoch in which attention filled next to nothing."""
     if means.get("eta'", 1.0) < 0.05:
-        lines.append("attention is dead: it fills less than 5 % of the boxes, and L_AW is little more than the "
-                     "background's loss; if it stays so, give --lambda-alpha at least 5 times --lambda-aw, and aw-fr "
-                     "rather than aw-box")
-    return "\n".join(lines)
+        return ("attention is dead: it fills less than 5 % of the boxes, and L_AW is little more than the background's "
+                "loss; if it stays so, give --lambda-alpha at least 5 times --lambda-aw, and aw-fr rather than aw-box")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -478,7 +472,7 @@ def main(argv):
 
         progress = Progress(args, out, save, score if stage == 2 and val_ids else None, interrupted,
                             title=f"stage {stage}", where={"stage": stage}, step=step, epochs=epochs,
-                            per_epoch=per_epoch, best=best, remark=partial(remarks, args.clip_norm))
+                            per_epoch=per_epoch, best=best, remark=dead_attention)
         try:
             train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args, progress)
         except Interrupted as where:

@@ -123,8 +123,8 @@ def train(network, images, boxed, choices, optimizer, autocast, scaler, args, pr
             # pixel, as DeepLab's code does; the label update sees full resolution.
             loss = losses.cross_entropy_loss(logits, to_cells(labels, network))     # Eq. 1
 
-            sgd_step(loss, model, optimizer, scaler, args.clip_norm)
-            progress.finish_step(lr, {"E_r": loss})                    # with true masks it is Eq. 1's E
+            clipped = sgd_step(loss, model, optimizer, scaler, args.clip_norm)
+            progress.finish_step(lr, {"E_r": loss}, clipped)           # with true masks it is Eq. 1's E
 
 
 def update_labels(scorer, images, boxed, previous, epoch, args, num_classes, interrupted):

@@ -341,6 +341,12 @@ def test_the_rate_falls_in_steps_and_the_last_layer_has_its_own(toy, tmp_path):
     assert network.last_layer.out_channels == len(checkpoint["class_names"])
 
 
+def test_a_run_whose_gradients_are_cut_says_so(toy, tmp_path, capsys):
+    assert train(toy, tmp_path, "--supervision", "masks", "--epochs", 1, "--clip-norm", 0.001) == 0
+    assert "100% of the gradients were cut to --clip-norm 0.001" in capsys.readouterr().out
+    assert {record["clipped"] for record in log_of(tmp_path) if "E_r" in record} == {1}
+
+
 def test_during_the_warm_up_there_is_no_feedback(toy, tmp_path, monkeypatch):
     asked, original = [], losses.candidate_cost
     monkeypatch.setattr(losses, "candidate_cost", lambda *args, **kwargs: asked.append(1) or original(*args, **kwargs))
