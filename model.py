@@ -95,6 +95,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
@@ -778,7 +779,8 @@ def run_script(main, script, user_errors, choose):
         print(f"{script}: {error}: " + ("give fewer --workers" if few else f"choose another {choose}"), file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:               # of a GPU; of the machine's memory it is a RuntimeError
-        print(f"{script}: {str(error).split('. ')[0]}: give a smaller --batch-size or --crop", file=sys.stderr)
+        print(f"{script}: {str(error).split('. ')[0]}: give a smaller --batch-size or --crop, or, in validation and "
+              "label updates, --val-scale", file=sys.stderr)
         return 2
     except KeyboardInterrupt:     # before the first step, or the second one, or with several processes
         print(f"{script}: interrupted", file=sys.stderr)
@@ -1016,7 +1018,11 @@ def in_parallel(network, compiled):
     model = torch.compile(network) if compiled else network
     if dist.is_initialized():
         device = next(network.parameters()).device
-        model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        # After its first step DDP groups the gradients anew, so that three processes and more add them up in another
+        # order: a run that goes on would differ from one that was never stopped. With this it leaves them as they are.
+        alike = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None,
+                                                    find_unused_parameters=alike)
     return model.train()
 
 
@@ -1079,6 +1085,19 @@ def check_images(ids, names, list_file, args, saved, out):
         most = len(ids) // world * world                    # each process takes as many
         raise BadInput(f"{len(ids)} images of {list_file} are less than one batch: give " + (
             f"--batch-size {most} or less" if most >= 2 * world else "more images"))
+
+
+def say_what_a_crop_sees(files, args):
+    """A line where the images are so large that a crop shows next to nothing of them: a phone's photographs, say."""
+    sides = []
+    for file in files[::max(1, len(files) // 100)]:
+        with contextlib.suppress(Exception), Image.open(file) as image:     # a broken one is named when it is read
+            sides.append(max(image.size))
+    side, window = np.median(sides) if sides else 0, args.crop / args.scale[0]
+    if side > 3 * window:
+        low, high, val = (500 / side * scale for scale in (*args.scale, args.val_scale))
+        print_rank0(f"the images are {side:.0f} pixels long (median), of which a crop shows {window:.0f} at most: give "
+                    f"--scale {low:.2g} {high:.2g} --val-scale {val:.2g}, with which it shows as much as of VOC's 500")
 
 
 def git_revision():
@@ -1164,10 +1183,11 @@ def batches(n, batch_size, seed, start, stop, rank, world):
 
 
 def quiet_worker(_):
-    """In a data worker: one thread (the cores are shared out by worker), and Ctrl-C is the parent's business."""
+    """In a data worker: one thread (the cores are shared out by worker), and signals are the parent's business: Ctrl-C
+    and `timeout` send them to all. (A worker whose parent is gone ends by itself.)"""
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def seed_of(*key):
@@ -1258,7 +1278,7 @@ class Progress:
     remark: Callable | None = None    # {name: a term's mean over the epoch} -> a line to print, or None
 
     def __post_init__(self):
-        self.total = self.epochs * self.per_epoch
+        self.total, self.saved = self.epochs * self.per_epoch, self.step
         self.of = "".join(f" of {name} {value}" for name, value in self.where.items())      # " of stage 1"
         self.bar = None
 
@@ -1275,7 +1295,13 @@ class Progress:
                 self.bar = tqdm(total=self.per_epoch, initial=step % self.per_epoch, desc=self.title, leave=False,
                                 unit="step", dynamic_ncols=True, disable=True if rank_and_world()[0] else None)
             clock = time.time()
-            batch = [t.to(device, non_blocking=True) for t in next(loader)]
+            try:
+                batch = [t.to(device, non_blocking=True) for t in next(loader)]
+            except Exception:     # a broken file: the run goes on from here once it is mended
+                if self.step > self.saved and not dist.is_initialized():
+                    self.read_losses()
+                    self.save("last.pt", self.step, self.best)
+                raise
             self.waited += time.time() - clock
             yield step, batch
 
@@ -1295,6 +1321,7 @@ class Progress:
             self.finish_epoch(lr)
         if saves:
             self.save("last.pt", self.step, self.best)
+            self.saved = self.step
             if self.interrupted:
                 self.close_bar()
                 raise Interrupted(f"after step {self.step} of {self.total}{self.of}")

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import grabcut_labels
 import losses
@@ -38,8 +39,8 @@ from grabcut_labels import class_names, find_image, find_voc, read_image, read_l
 from model import (BACKBONES, BadInput, Box2SegNet, Interrupted, Progress, add_common_arguments, barrier,
                    catch_interrupts, check_arguments, check_images, download_voc, finish, in_parallel, make_optimizer,
                    mixed_precision, normalize, parse, pick_device, place_network, print_rank0, random_crop,
-                   rank_and_world, resume_run, run_script, save_checkpoint, say_without_effect, seed_of, sgd_step,
-                   start_log, start_processes, to_cells, validate)
+                   rank_and_world, resume_run, run_script, save_checkpoint, say_what_a_crop_sees, say_without_effect,
+                   seed_of, sgd_step, start_log, start_processes, to_cells, validate)
 
 # What --loss trains on. Table 3: Box 59.3, GrabCut 72.7, Affinity 73.9, AW-box 74.1, AW-fr 74.6, Box2Seg 74.9 mIoU.
 # Table 4: mask 73.6, mask-aw 75.1.
@@ -212,7 +213,8 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         # An image that cannot be read stops training, where grabcut_labels.py would go on: a run in which it is left
-        # out is another run. Nothing is lost, --resume goes on once the file is fixed.
+        # out is another run. Little is lost: --resume goes on once the file is fixed, with one process from the step at
+        # which it was met.
         epoch, index = key
         image_file, *label_files = self.files(index)
         image = read_image(image_file)
@@ -246,8 +248,9 @@ def training_list(voc, split):
     raise BadInput(f"no image list {folder}/{wanted}: write one, an image id (file name without .jpg) a line")
 
 
-def validation_list(voc, split):
-    """--val-split -> ids that have true masks; none for "none", or where there is no val.txt and no other was named."""
+def validation_list(voc, split, num_classes):
+    """--val-split -> ids that have true masks; none for "none", or where there is no val.txt and no other was named.
+    Reads all of them: an epoch's work would be lost by a mask that is found to be broken only then."""
     path = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
     if split == "none" or (split == "val" and not path.exists()):
         print_rank0("no validation: no list of images with true masks")
@@ -257,6 +260,8 @@ def validation_list(voc, split):
         if not file.exists():
             raise BadInput(f"no {file} to validate on: add it, or give --val-split none")
     require_a_class(truth_file(voc, i) for i in ids)
+    for i in tqdm(ids if rank_and_world()[0] == 0 else [], "validation list", leave=False, unit="image", disable=None):
+        read_pair(voc, num_classes, i)
     return ids
 
 
@@ -424,8 +429,10 @@ def main(argv):
     check_images(ids, names, list_file, args, saved, out)
     _, _, with_aw, _, with_a = ROWS[args.loss]
     with_aw, with_a = with_aw and args.lambda_aw > 0, with_a and args.lambda_a > 0  # no branch that nothing trains
-    val_ids = validation_list(voc, args.val_split)
+    val_ids = validation_list(voc, args.val_split, len(names))
     crops, made_of = make_crops(voc, ids, list_file, len(names), args, with_aw, saved)
+    if not saved:
+        say_what_a_crop_sees([crops.files(index)[0] for index in range(len(ids))], args)
     rates = None
     if args.loss == "filling-rate":
         rates = grabcut_labels.class_fill_rates(voc, ids, out=args.label_dir).to(device)

@@ -53,7 +53,8 @@ from model import (BACKBONES, BadInput, Box2SegNet, DeepLabVGG16, Interrupted, P
                    catch_interrupts, check_arguments, check_images, download_voc, evaluating, finish, full_size_logits,
                    in_parallel, make_optimizer, mixed_precision, normalize, parse, pick_device, place_network,
                    print_rank0, random_crop, rank_and_world, resume_run, run_script, save_checkpoint,
-                   say_without_effect, seed_of, sgd_step, start_log, start_processes, to_cells, validate, write_log)
+                   say_what_a_crop_sees, say_without_effect, seed_of, sgd_step, start_log, start_processes, to_cells,
+                   validate, write_log)
 
 # mIoU on val in the paper. Table 1: boxes only 62.0, 1,464 masks and 9,118 boxes 63.5, masks only 63.8.
 # Table 2: rectangles 52.3, GrabCut 55.2, without sampling (--top-k 1) 59.7. Table 3: SS 59.5, GOP 60.4, MCG 62.0.
@@ -262,7 +263,10 @@ def confusion_with_truth(images, index, labels, num_classes):
     image_file, truth = images.files(index)[0], truth_file(images.voc, images.ids[index])
     if images.voc / "JPEGImages" not in image_file.parents or not truth.exists():
         return 0
-    truth = torch.from_numpy(read_label(truth, labels.shape, num_classes))
+    try:
+        truth = torch.from_numpy(read_label(truth, labels.shape, num_classes))
+    except BadFile:                                     # nothing is learned from it: no reason to stop
+        return 0
     return losses.confusion_matrix(torch.from_numpy(labels), truth, num_classes)
 
 
@@ -409,8 +413,9 @@ def training_list(voc, split):
     raise BadInput(f"no image list {folder}/{wanted}: write one, an image id (file name without .jpg) a line")
 
 
-def validation_list(voc, split):
-    """--val-split -> ids that have true masks; none for "none", or where there is no val.txt and no other was named."""
+def validation_list(voc, split, num_classes):
+    """--val-split -> ids that have true masks; none for "none", or where there is no val.txt and no other was named.
+    Reads all of them: an epoch's work would be lost by a mask that is found to be broken only then."""
     path = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
     if split == "none" or (split == "val" and not path.exists()):
         print_rank0("no validation: no list of images with true masks")
@@ -420,6 +425,8 @@ def validation_list(voc, split):
         if not file.exists():
             raise BadInput(f"no {file} to validate on: add it, or give --val-split none")
     require_a_class(truth_file(voc, i) for i in ids)
+    for i in tqdm(ids if rank_and_world()[0] == 0 else [], "validation list", leave=False, unit="image", disable=None):
+        read_pair(voc, num_classes, i)
     return ids
 
 
@@ -620,7 +627,8 @@ def made_from(images, args, names):
     made, folder = {"proposals": 0}, Path(args.grabcut or images.voc / "GrabCutMasks")
     made["sources"] = [(images.source_of.count(k), "candidates" if candidates else "labels" if labels else "truth")
                        for k, (_, candidates, labels) in enumerate(images.sources)]
-    for index in images.updated:
+    for index in tqdm(images.updated, "boxes of the candidates", leave=False, unit="image",
+                      disable=True if rank_and_world()[0] else None):
         try:
             with np.load(images.files(index)[2]) as file:
                 for name in ("boxes", "classes", "candidate_boxes"):
@@ -687,10 +695,12 @@ def main(argv):
     if args.supervision != "candidates" or not images.listed_boxes:
         idle = set() if boxed else {"top_k", "warm_up", "min_recognized", "lambda_r", "show_epochs", "show_images"}
         say_without_effect({"method"} | idle, given, "since no box of the list chooses a candidate")
-    val_ids = validation_list(voc, args.val_split)      # before hours of candidates
+    val_ids = validation_list(voc, args.val_split, len(names))      # before hours of candidates
     make_labels(images, names, list_file, args, out, saved)
     if len(boxed) < n:
         require_a_class(images.files(index)[1] for index in range(n) if index not in boxed)
+    if not saved:
+        say_what_a_crop_sees([images.files(index)[0] for index in range(n)], args)
     made_of = made_from(images, args, names)
     # (A checkpoint of before there was one of these fingerprints lacks it.)
     if saved and any(saved.get("made_of", {}).get(key, value) != value for key, value in made_of.items()):

@@ -1267,6 +1267,21 @@ def test_regression_cost_against_dense_evaluation(name):
     assert costs.dtype == torch.float32 and torch.allclose(costs.double(), expected, rtol=0, atol=1e-5)
 
 
+def test_regression_cost_is_the_same_each_time_with_threads():
+    """Large enough for PyTorch to share the sums among threads, which in float32 add in no fixed order."""
+    g = seeded(0)
+    x = dict(logits=torch.randn(21, 375, 500, generator=g), superpixels=torch.randint(60, (375, 500), generator=g),
+             members=torch.rand(50, 60, generator=g) < 0.3, classes=torch.tensor([3, 7]),
+             boxes=torch.tensor([[5, 5, 480, 370], [30, 40, 300, 200]]))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first, *others = [losses.regression_cost(**x) for _ in range(20)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, other) for other in others)
+
+
 def test_a_box_without_a_pixel_of_its_own_is_left_to_eq_2():
     """The later of two equal boxes has all pixels: for the other Eq. 3 costs nothing, whatever the segment. A box
     inside another keeps its own."""

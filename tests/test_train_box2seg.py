@@ -19,13 +19,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import kept_signals, refused
+from PIL import Image
 from toy_voc import make_toy_voc
 
 import losses
 import train_box2seg
 from grabcut_labels import class_fill_rates, read_label, read_list, write_label
-from model import (BadInput, Box2SegNet, batches, load_network, mixed_precision, place_network, random_crop,
-                   sgd_step, validate)
+from model import (BadInput, Box2SegNet, batches, in_parallel, load_network, mixed_precision, place_network,
+                   random_crop, say_what_a_crop_sees, sgd_step, validate)
 from train_box2seg import FIXED, ROWS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_box2seg.py"
@@ -67,6 +68,21 @@ def assert_same_run(a, b):
 # ---------------------------------------------------------------------------------------------------------------------
 # Crops
 # ---------------------------------------------------------------------------------------------------------------------
+
+def test_images_of_which_a_crop_shows_little_are_told(tmp_path, capsys):
+    for n, size in enumerate([(3000, 4000), (4000, 2000), (4000, 3000), (90, 90)]):
+        Image.new("L", size).save(tmp_path / f"{n}.png")
+    (tmp_path / "4.png").write_bytes(b"broken")
+    args = SimpleNamespace(crop=193, scale=[0.5, 1.0], val_scale=0.7)
+    say_what_a_crop_sees([tmp_path / f"{n}.png" for n in range(5)], args)
+    assert capsys.readouterr().out == (
+        "the images are 4000 pixels long (median), of which a crop shows 386 at most: give --scale 0.062 0.12 "
+        "--val-scale 0.087, with which it shows as much as of VOC's 500\n")
+    Image.new("L", (1158, 9)).save(tmp_path / "0.png")      # three crops, no more
+    say_what_a_crop_sees([tmp_path / "0.png"], args)
+    say_what_a_crop_sees([tmp_path / "4.png"], args)
+    assert capsys.readouterr().out == ""
+
 
 def test_a_crop_upon_which_maps_do_not_lie_is_told(capsys):
     network = Box2SegNet(3, "resnet18", width=8, embedding=False, attention=False)
@@ -395,6 +411,41 @@ def test_kill_9_and_ctrl_c(toy, tmp_path, whole_run):
     assert_same_run(whole_run, tmp_path)
 
 
+def test_a_polite_kill_of_all_processes(toy, tmp_path, whole_run):
+    """As `timeout` and batch systems do it: the workers, too, get the signal."""
+    process = subprocess.Popen([sys.executable, SCRIPT, *map(str, ["--data", toy, "--out", tmp_path, *TINY]),
+                                "--workers", "2"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.time() + 300
+    while process.poll() is None and time.time() < deadline:
+        if (tmp_path / "log.jsonl").exists() and len((tmp_path / "log.jsonl").read_text().splitlines()) > 1:
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+        time.sleep(0.02)
+    error = process.communicate(timeout=300)[1]
+    assert process.returncode == 130 and "Traceback" not in error, error
+    assert train(toy, tmp_path, "--resume") == 0
+    assert_same_run(whole_run, tmp_path)
+
+
+def test_a_broken_file_costs_no_step(toy, tmp_path, whole_run, monkeypatch):
+    original, calls = train_box2seg.Crops.__getitem__, [0]
+
+    def breaking(self, key):
+        calls[0] += 1
+        if calls[0] > 4 * 8:                                # in stage 2, in the middle of its second epoch
+            raise train_box2seg.BadFile("a.jpg: not a readable image")
+        return original(self, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_box2seg.Crops, "__getitem__", breaking)
+        with pytest.raises(train_box2seg.BadFile, match="a.jpg"):
+            train(toy, tmp_path)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert (saved["stage"], saved["step"]) == (2, 5)
+    assert train(toy, tmp_path, "--resume") == 0
+    assert_same_run(whole_run, tmp_path)
+
+
 def test_stage_1_leaves_the_decoders_of_y_and_alpha_alone(toy, tmp_path, monkeypatch):
     original, after = losses.affinity_loss, {}
     for steps in (1, 2):
@@ -461,6 +512,20 @@ def test_two_processes(toy, tmp_path):
     confusion = validate(network, ids, functools.partial(train_box2seg.read_pair, voc, 6), 1.0, losses.confusion_matrix)
     alone = losses.iou(confusion).nanmean().item()
     assert [r["miou"] for r in log if "miou" in r][-1] == pytest.approx(alone, abs=1e-12)
+
+
+def test_gradients_are_added_up_in_one_order():
+    """By default DDP regroups the gradients after its first step, a run that goes on one step later than a whole one;
+    over three processes and more, sums then round otherwise."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        network = torch.nn.Sequential(*(torch.nn.Conv2d(3, 3, 1) for _ in range(3)))
+        model = in_parallel(network, compiled=False)
+        for _ in range(3):
+            model(torch.ones(1, 3, 2, 2)).sum().backward()
+        assert not model._get_ddp_logging_data().get("has_rebuilt_buckets")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
@@ -676,6 +741,12 @@ def test_missing_truth_to_validate_on_is_said_before_training(toy, tmp_path):
     (data / "VOC2012" / "SegmentationClass" / f"{name}.png").unlink()
     with pytest.raises(train_box2seg.BadInput, match=f"{name}.png.*--val-split none"):
         train(data, tmp_path / "out", "--loss", "grabcut")
+    truth = data / "VOC2012" / "SegmentationClass" / f"{name}.png"
+    for broken, words in ((np.zeros((5, 5)), "5x5"), (np.full((48, 64), 9), "9")):      # of another size; class 9 of 5
+        write_label(truth, broken)
+        with pytest.raises(train_box2seg.BadFile, match=f"{name}.png.*{words}"):
+            train(data, tmp_path / "out", "--loss", "grabcut")
+        assert not (tmp_path / "out").exists()
     assert train(data, tmp_path / "out", "--loss", "grabcut", "--val-split", "none", "--epochs", 1) == 0
 
 

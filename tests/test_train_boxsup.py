@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -733,6 +734,14 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_arguments
     with pytest.raises(train_boxsup.BadInput, match="trained on 12 images and 5 classes, other ones"):
         train(other, whole_run, "--resume")
     assert (whole_run / "last.pt").read_bytes() == before
+
+
+def test_a_true_mask_that_is_only_reported_stops_nothing(toy, tmp_path, capsys):
+    data = Path(shutil.copytree(toy, tmp_path / "VOCdevkit"))
+    for image_id in read_list(data / "VOC2012/ImageSets/Segmentation/train.txt")[1:]:
+        cv2.imwrite(str(data / f"VOC2012/SegmentationClass/{image_id}.png"), np.zeros((48, 64, 3), np.uint8))
+    assert train(data, tmp_path / "out", "--epochs", 1) == 0
+    assert "mIoU of masks" in capsys.readouterr().out       # of the one that is left
 
 
 def test_every_device_is_named(toy, tmp_path, whole_run, devices_named):
