@@ -260,6 +260,11 @@ def say_notes(notes):
     return notes
 
 
+def shortened(lines, most=50):
+    """The first of many lines, and how many more there are."""
+    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
+
+
 def a_few_ahead(ids, submit, ahead):
     """Yields id and job as jobs end, whatever their order, None for a job where nothing was to be done.
 
@@ -398,7 +403,8 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
                     raise
                 except Exception as error:  # one bad image does not stop the others, whatever is bad in it
                     summary["failures"].append(f"{image_id}: {one_line(error)}")
-                    tqdm.write(summary["failures"][-1], file=sys.stderr)
+                    if len(summary["failures"]) <= 50:
+                        tqdm.write(summary["failures"][-1], file=sys.stderr)
                     continue
                 summary["made"] += 1
                 summary["corrected"] += image_id in older
@@ -781,7 +787,7 @@ def write_label(path, labels):
 @contextlib.contextmanager
 def writing(path):
     """A temporary name, under which to write the file: no half file is ever seen. Makes its folder, too."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"   # containers on one disk have the same pids
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -1074,7 +1080,7 @@ def read_coco_export(sources, folder, images, wanted, crowds, notes, failed):
                 notes["boxes of an image or category that the JSON does not list left out"] += 1
             elif no_class(name) or wanted and name not in wanted:
                 notes["boxes of classes that are not asked for, or background, left out"] += 1
-            elif thing.get("iscrowd") and not crowds:
+            elif thing.get("iscrowd") not in (None, 0, "0", "") and not crowds:
                 notes["crowds left out (iscrowd 1, as CVAT marks all painted masks; --crowds takes them)"] += 1
             else:
                 try:
@@ -1378,13 +1384,15 @@ def lay_out(voc, source, lists, texts, images):
         other = [name for name in same if not same[name]]
         if other:
             raise BadInput(f"{voc / other[0]}" + f" (and {len(other) - 1} more)" * (len(other) > 1) + ": not as the "
-                           f"export has it now: name another --data, or delete {voc}")
+                           f"export has it now: name another --data, or delete {voc}; if you corrected it there, leave "
+                           "out --coco, --yolo and --images")
         write(record, json.dumps(source, indent=1) + "\n")  # first: it says that what follows is this export's
         (voc / "JPEGImages").mkdir(exist_ok=True)
         for split, ids in lists.items():  # before the annotations, whose absence tells the next run what is new
             path = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
             old = read_list(path) if path.exists() else []
-            new = [i for i in ids if i not in old and not (voc / "Annotations" / f"{i}.xml").exists()]
+            known = set(old)
+            new = [i for i in ids if i not in known and not (voc / "Annotations" / f"{i}.xml").exists()]
             if old + new:                 # none: somebody deleted the list, of images that are there
                 write(path, "\n".join(old + new) + "\n")
         for name, image in images.items():
@@ -1438,8 +1446,9 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
     if voc != Path(data) and (Path(data) / "JPEGImages").is_dir() or folder.is_relative_to(os.path.abspath(voc)):
         raise BadInput(f"--data {data}: holds images that were there before: name another folder, that is still to be "
                        "made")
+    earlier = {path.parent for path in files_below(folder, "VOC2012/import.json")}  # other imports' --data
     files = [path for path in files_below(folder) if path.suffix.lower() in ENDINGS
-             and not (folder / path).is_relative_to(os.path.abspath(voc))]
+             and earlier.isdisjoint(path.parents) and not (folder / path).is_relative_to(os.path.abspath(voc))]
     if coco:
         wanted = names_file and tidy_names([line for line in read_text(names_file).splitlines() if line.strip()
                                             and not no_class(line.strip())], names_file)
@@ -1584,6 +1593,8 @@ def parse_arguments():
         if here and changed & idle:
             named = " ".join("--" + name.replace("_", "-") for name in sorted(changed & idle))
             parser.error(f"{named.replace('--share', '--no-share')}: {why}")
+    if arguments.fill_rates and arguments.shard != "1/1":
+        parser.error("--fill-rates is of the whole list: give it once all parts are made, without --shard")
     if arguments.show is None:
         arguments.show = 12 * own_boxes
     if arguments.show < 0:
@@ -1648,14 +1659,15 @@ def main():
         print(f"look at {sheet}: each image with its boxes, B and M")
     if arguments.images:
         options = " --val-split none" if (lists / "val.txt").exists() else ""  # val.txt without true masks
-        print(f"then: python train_box2seg.py --data {arguments.data}{options} --out runs/mine")
+        labels = f" --label-dir {arguments.out}" if arguments.out else ""
+        print(f"then: python train_box2seg.py --data {arguments.data}{labels}{options} --out runs/mine")
         print(f"  or: python train_boxsup.py --data {arguments.data}{options} --out runs/mine")
     if left_out:
-        print(f"{len(left_out)} images of the export were left out; fix them and run again to add them:", *left_out,
-              sep="\n  ", file=sys.stderr)
+        print(f"{len(left_out)} images of the export were left out; fix them and run again to add them:",
+              *shortened(left_out), sep="\n  ", file=sys.stderr)
     if failures:
         print(f"{len(failures)} of {len(ids)} images got no labels; fix them or take them off the list and run again:",
-              *failures, sep="\n  ", file=sys.stderr)
+              *shortened(failures), sep="\n  ", file=sys.stderr)
     return 1 if failures or left_out else 0
 
 

@@ -925,7 +925,7 @@ def write_label(path, labels):
 @contextlib.contextmanager
 def writing(path):
     """A temporary name, under which to write the file: no half file is ever seen. Makes its folder, too."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.{os.getpid()}-{os.urandom(4).hex()}.tmp"   # containers on one disk have the same pids
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -1280,8 +1280,14 @@ def make_coco_candidates(path, images, out, names=VOC_CLASSES, shard="1/1", meth
     ids = take_shard(list(found), shard)
     summary = make_all(Path(out), images, names, ids, found.get, {"boxes": Path(path).name}, method, workers,
                        max_candidates, Path(path).stat().st_mtime)
-    if method == "masks" and summary["made"]:           # boxes without outlines, say
+    if method == "masks":                               # boxes without outlines, say
         require_a_class(target for i in ids if (target := Path(out) / f"{i}.png").exists())
+    ending = "png" if method == "masks" else "npz"
+    there = {file.relative_to(out).with_suffix("").as_posix() for file in Path(out).rglob(f"*.{ending}")
+             if not file.name.startswith("._")}
+    if gone := there - found.keys():                    # of a JSON that had more: training would take them, too
+        raise BadInput(f"{out}: holds {min(gone)}.{ending}" + f" (and {len(gone) - 1} more)" * (len(gone) > 1) +
+                       f", for which {path} has no box now: delete what it no longer has, or name another --out")
     print(*(f"{path}: {note}" for note in notes), sep="\n", file=sys.stderr)
     return summary
 
@@ -1372,6 +1378,11 @@ def say_notes(notes):
     return notes
 
 
+def shortened(lines, most=50):
+    """The first of many lines, and how many more there are."""
+    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
+
+
 def a_few_ahead(ids, submit, ahead):
     """Yields id and job as jobs end, whatever their order, None for a job where nothing was to be done.
 
@@ -1411,7 +1422,8 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
     source: {"boxes": where these are from}; written: when COCO's JSON was. With method "masks" COCO's masks ->
     folder/<id>.png."""
     if method != "masks":
-        there = read_source(folder) if (Path(folder) / "source.json").exists() else {}
+        there = (read_source(folder) if (Path(folder) / "source.json").exists() and any(Path(folder).rglob("*.npz"))
+                 else {})
         max_candidates = max_candidates or there.get("max_candidates", 3500)
         source = source | {"max_candidates": max_candidates}
     claim_folder(folder, images, names, method, **source)
@@ -1440,7 +1452,11 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
         try:
             held = read_candidates(target)
             boxes, classes = boxes_of(annotation, names, held["superpixels"].shape, target)
-            return not (np.array_equal(held["boxes"], boxes) and np.array_equal(held["classes"], classes))
+            same = np.array_equal(held["boxes"], boxes) and np.array_equal(held["classes"], classes)
+            if same:
+                with contextlib.suppress(OSError):
+                    target.touch()                      # so that the next run need not look again
+            return not same
         except BadInput:  # make_one() says what is wrong
             return True
 
@@ -1465,7 +1481,8 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
                                    "--workers; the same command goes on from here") from None
                 except Exception as error:  # one bad image does not stop the others, whatever is bad in it
                     summary["failures"].append(f"{image_id}: {one_line(error)}")
-                    tqdm.write(summary["failures"][-1], file=sys.stderr)
+                    if len(summary["failures"]) <= 50:
+                        tqdm.write(summary["failures"][-1], file=sys.stderr)
                     continue
                 summary["made"] += 1
                 summary["candidates"] += candidates
@@ -1606,7 +1623,7 @@ def main():
               f"{summary['boxes']} boxes, {summary['candidates'] / made:.0f} candidates an image")
     if failures:
         print(f"{len(failures)} of {made + summary['skipped'] + len(failures)} images could not be made; fix them or "
-              "take them off the list and run again:", *failures, sep="\n  ", file=sys.stderr)
+              "take them off the list and run again:", *shortened(failures), sep="\n  ", file=sys.stderr)
         return 1
     return 0
 

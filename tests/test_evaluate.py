@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -794,6 +795,22 @@ def test_plain_pictures_by_list_and_where_they_cannot_go(toy, checkpoint, tmp_pa
 
 # ----------------------------------------------------------------------------------------------------------------------
 # dense CRF
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_line(toy, checkpoint, monkeypatch):
+    """As by Linux where memory runs out: also where all images are with the workers before the first dies."""
+    monkeypatch.setattr(evaluate, "refine_labels", die)
+    why = "evaluate.py: a worker was killed, perhaps for want of memory: give fewer --workers"
+    for flags, last in ((("--workers", 1, "--split", "train"), why),
+                        (("--workers", 3, "--split", "val"), "evaluate.py: none of the 2 images could be scored, see "
+                                                             "above")):
+        status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--crf", *flags)
+        lines = error.strip().splitlines()
+        assert status == 2 and "Traceback" not in error and why in lines and lines[-1] == last, error
+
 
 def test_crf_refines_what_is_scored_and_saved(toy, checkpoint, tmp_path):
     from crf import PRESETS, dense_crf

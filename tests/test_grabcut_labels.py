@@ -643,7 +643,9 @@ def test_refusals(devkit, tmp_path):
     assert "no image" in refused(SCRIPT, "--image", tmp_path / "none.jpg", "--box", 0, 0, 5, 5)
     for flags, words in ((("--detector-weights", "w"), "--detector-weights: only with --boxes detector"),
                          (("--score-threshold", 0.9, "--device", "cuda"), "--device --score-threshold: only with"),
-                         (("--crowds",), "--crowds: only with --coco"), (("--show", -1), "--show of at least 0"),
+                         (("--crowds",), "--crowds: only with --coco"),
+                         (("--fill-rates", "rates", "--shard", "1/2"), "--fill-rates is of the whole list"),
+                         (("--show", -1), "--show of at least 0"),
                          (("--image", jpeg, "--box", 0, 0, 5, 5, "--split", "val", "--no-share"),
                           "--no-share --split: not with --image")):
         status, _, error = command_line("--data", devkit, *flags)

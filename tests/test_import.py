@@ -111,6 +111,11 @@ def test_cvat_coco(tmp_path, capsys):
         "boxes of no area left out": 1, "boxes outside of their image left out": 2,
         "boxes cut off at the edge of their image": 1, "images without a box left out": 1,
         "train.txt: 2 images, 6 boxes": None, "classes, boxes of each: cat 3, dog 3": 2}
+    whole = export / "annotations" / "instances_default.json"
+    whole.write_text(whole.read_text().replace('"iscrowd": 0', '"iscrowd": "0"'))           # some tools write text
+    import_boxes(tmp_path / "text", export / "images" / "default", [export])
+    assert labelled(tmp_path / "text", "a") == labelled(data, "default_a") and said(capsys)[
+        "crowds left out (iscrowd 1, as CVAT marks all painted masks; --crowds takes them)"] == 1
     import_boxes(tmp_path / "crowds", export / "images" / "default", [export], crowds=True)   # and by the folder
     assert labelled(tmp_path / "crowds", "b")[-1] == ("cat", 10, 10, 14, 14)
     assert "crowds" not in " ".join(said(capsys))
@@ -946,7 +951,8 @@ def test_another_export_is_never_mixed_in(tmp_path, export):
     result = export / "result.json"
     old = result.read_text()
     result.write_text(old.replace("[1, 1, 9, 9]", "[1, 1, 9, 8]"))                # a box was corrected
-    refused("Annotations/a.xml: not as the export has it now: name another --data, or delete", export, [export])
+    refused("Annotations/a.xml: not as the export has it now: name another --data, or delete .*; if you corrected it "
+            "there, leave out --coco", export, [export])
     result.write_text(old)
     image(tmp_path / "new.jpg", seed=99)
     os.replace(tmp_path / "new.jpg", export / "b.jpg")                            # an image was replaced
@@ -972,6 +978,8 @@ def test_images_of_the_layout_itself_are_not_taken(tmp_path, export, monkeypatch
     before = everything(export / "mydata")
     assert len(import_boxes("mydata/VOC2012", ".", ["result.json"])) == 1
     assert [path for path in everything(export / "mydata")] == list(before)
+    assert len(import_boxes("another", ".", ["result.json"])) == 1      # nor those of the first import
+    assert len(everything(export / "another")) == len(before)
 
 
 def test_copies_where_links_cannot_be_made(tmp_path, export, monkeypatch):
@@ -1028,3 +1036,6 @@ def test_both_forms_give_the_labels_of_voc(tmp_path):
     assert box[inside].mean() > 1.3 * box[~inside].mean()                         # B is in colour, the rest is dark
     code, out, _ = command_line(*yolo, "--show", 0)
     assert code == 0 and "made 0, already there 6, failed 0" in out and "sheet" not in out
+    code, out, _ = command_line(*yolo, "--show", 0, "--out", tmp_path / "l")
+    assert code == 0 and f"train_box2seg.py --data {tmp_path / 'y'} --label-dir {tmp_path / 'l'} --out runs/mine" in out
+    assert f"train_boxsup.py --data {tmp_path / 'y'} --out runs/mine" in out

@@ -585,6 +585,49 @@ def test_bad_images_are_reported_and_the_others_made(drawn, devkit):
     assert npz_bytes(voc / "Candidates-gop") == good
 
 
+def test_many_failures_do_not_flood_the_screen(devkit):
+    voc = find_voc(devkit)
+    some = "\n".join([f"none{n:03d}" for n in range(120)] + all_ids(voc)[:1])
+    (voc / "ImageSets/Segmentation/some.txt").write_text(some)
+    status, out, error = command_line("--data", devkit, "--split", "some", "--method", "gop", "--workers", 1)
+    assert status == 1 and "made 1, already there 0, failed 120" in out and "120 of 121 images" in error
+    assert error.count("none000: ") == 2 and error.count("none049: ") == 2 and "none050: " not in error
+    assert error.strip().endswith("and 70 more")
+
+
+def test_one_process_never_has_two_files_of_one_name(tmp_path):
+    """Machines that share a disk may each have a process of this number."""
+    with mcg_candidates.writing(tmp_path / "a") as first, mcg_candidates.writing(tmp_path / "a") as second:
+        assert first != second
+        for name in (first, second):
+            Path(name).write_text(name)
+    assert (tmp_path / "a").read_text() == first and os.listdir(tmp_path) == ["a"]
+
+
+def test_annotations_that_are_newer_but_equal_are_compared_once(devkit, tmp_path, monkeypatch):
+    voc, read = find_voc(devkit), []
+    ids = all_ids(voc)[:2]
+    make_candidates(voc, ids, tmp_path, "gop", workers=1)
+    later = time.time() - 100
+    for image_id in ids:
+        os.utime(tmp_path / f"{image_id}.npz", (later - 100, later - 100))
+        os.utime(voc / "Annotations" / f"{image_id}.xml", (later, later))
+    monkeypatch.setattr(mcg_candidates, "read_candidates", lambda path: read.append(path) or read_candidates(path))
+    for _ in range(2):
+        assert make_candidates(voc, ids, tmp_path, "gop", workers=1)["skipped"] == 2
+    assert len(read) == 2
+
+
+def test_an_empty_folders_options_are_not_taken(drawn, tmp_path):
+    voc = find_voc(drawn[0])
+    ids = all_ids(voc)[:1]
+    make_candidates(voc, ids, tmp_path, "gop", workers=1, max_candidates=7)
+    assert len(read_candidates(tmp_path / f"{ids[0]}.npz")["members"]) == 7
+    (tmp_path / f"{ids[0]}.npz").unlink()
+    make_candidates(voc, ids, tmp_path, "gop", workers=1)
+    assert len(read_candidates(tmp_path / f"{ids[0]}.npz")["members"]) > 7
+
+
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -720,6 +763,13 @@ def test_candidates_of_coco(drawn, tmp_path):
     os.utime(path, (later, later))
     assert "made 1, already there 1, failed 0" in command_line(*arguments)[1]
     assert read_candidates(out / "b.npz")["boxes"].tolist() == [[2, 2, 13, 7], [0, 4, 17, 40]]
+    whole = path.read_text()
+    coco = json.loads(whole)
+    coco["annotations"] = [thing for thing in coco["annotations"] if thing["image_id"] != 100]
+    path.write_text(json.dumps(coco))                   # a loses its box: its candidates would still be trained on
+    error = refused(SCRIPT, *arguments)
+    assert f"{out}: holds a.npz, for which {path} has no box now: delete" in error
+    path.write_text(whole)
     (images / "a.jpg").unlink()
     (out / "a.npz").unlink()
     status, text, error = command_line(*arguments)
@@ -827,6 +877,12 @@ def test_masks_of_coco(drawn, tmp_path):
     status, text, _ = command_line(*arguments)
     assert status == 0 and "made 0, already there 2" in text
     assert "other method" in refused(SCRIPT, *arguments[:-1])
+    for thing in coco["annotations"]:                   # boxes without outlines, as CVAT exports them
+        thing["segmentation"] = []
+    (tmp_path / "coco.json").write_text(json.dumps(coco))
+    for _ in range(2):                                  # the second time they are there
+        status, _, error = command_line(*arguments, "--out", tmp_path / "none")
+        assert status == 2 and "no class but background" in error.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- one image
