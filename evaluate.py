@@ -154,7 +154,7 @@ def in_order(ids, read, prepare, work, workers):
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")  # no fork has CUDA
     if sys.platform == "linux":                         # macOS may not like what torch loads to be forked
         context.set_forkserver_preload(["torch", "torchvision"])    # once, and not by each worker
-    killed = BadInput("a worker was killed, perhaps for want of memory: give fewer --workers")
+    killed = WorkerKilled("a worker was killed, perhaps for want of memory: give fewer --workers")
 
     def result_of(job):
         try:
@@ -651,6 +651,8 @@ def evaluate(args):
     for name, result in tqdm(results, "evaluate", len(ids), unit="img", disable=None):
         try:
             truth, prediction = result()                                            # (H, W) uint8 each
+        except WorkerKilled:
+            raise
         except Exception as error:                      # whatever is bad in one image does not stop the others
             if network is None:                         # seconds of work: nothing is lost by fixing the file first
                 raise
@@ -941,6 +943,10 @@ def keep_apart(folders, inputs, files=()):
 # ==== end of shared block
 
 
+class WorkerKilled(BadInput):
+    """No fault of the image at hand: all that follow would fail, too."""
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # parameters of the CRF (BoxSup, Sect. 5.1: "a held-out 100 random validation images are used [...] to set
 # hyper-parameters")
@@ -978,6 +984,8 @@ def crf_search(results, count, args):
     for name, result in tqdm(results, "CRF search", count, unit="img", disable=None):
         try:
             total = total + result()                                                # (S, C, C)
+        except WorkerKilled:
+            raise
         except Exception as error:                      # whatever is bad in one image does not stop the others
             report(error)
             failed.append(name)
@@ -1039,6 +1047,8 @@ def predict_folder(args):
         path = paths[name]
         try:
             image, labels = result()
+        except WorkerKilled:
+            raise
         except Exception as error:                      # whatever is bad in one image does not stop the others
             report(error)
             failed.append(path.name)

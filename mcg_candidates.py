@@ -1277,17 +1277,17 @@ def make_coco_candidates(path, images, out, names=VOC_CLASSES, shard="1/1", meth
     found, notes = read_coco(path, names, method == "masks")
     if not Path(images).is_dir():
         raise BadInput(f"no folder --images {images}: expected the images that {path} names")
+    keep_apart([Path(out)], [Path(images)])
+    ending = "png" if method == "masks" else "npz"
+    there = {file.stem for file in Path(out).glob(f"*.{ending}") if not file.name.startswith("._")}
+    if gone := there - found.keys():                    # of a JSON that had more: training would take them, too
+        raise BadInput(f"{out}: holds {min(gone)}.{ending}" + f" (and {len(gone) - 1} more)" * (len(gone) > 1) +
+                       f", but {path} has no such image, or no box in it: move such files away, or name another --out")
     ids = take_shard(list(found), shard)
     summary = make_all(Path(out), images, names, ids, found.get, {"boxes": Path(path).name}, method, workers,
                        max_candidates, Path(path).stat().st_mtime)
     if method == "masks":                               # boxes without outlines, say
         require_a_class(target for i in ids if (target := Path(out) / f"{i}.png").exists())
-    ending = "png" if method == "masks" else "npz"
-    there = {file.relative_to(out).with_suffix("").as_posix() for file in Path(out).rglob(f"*.{ending}")
-             if not file.name.startswith("._")}
-    if gone := there - found.keys():                    # of a JSON that had more: training would take them, too
-        raise BadInput(f"{out}: holds {min(gone)}.{ending}" + f" (and {len(gone) - 1} more)" * (len(gone) > 1) +
-                       f", for which {path} has no box now: delete what it no longer has, or name another --out")
     print(*(f"{path}: {note}" for note in notes), sep="\n", file=sys.stderr)
     return summary
 

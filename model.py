@@ -1018,8 +1018,9 @@ def in_parallel(network, compiled):
     model = torch.compile(network) if compiled else network
     if dist.is_initialized():
         device = next(network.parameters()).device
-        # After its first step DDP groups the gradients anew, so that three processes and more add them up in another
-        # order: a run that goes on would differ from one that was never stopped. With this it leaves them as they are.
+        # After its first step DDP regroups the gradients, so that three or more processes add them up in another order:
+        # a run that goes on would differ from one that was never stopped. find_unused_parameters keeps the groups as
+        # they are. No parameter is unused: PyTorch's warning that says so is to be expected.
         alike = device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
         model = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None,
                                                     find_unused_parameters=alike)
@@ -1095,7 +1096,8 @@ def say_what_a_crop_sees(files, args):
             sides.append(max(image.size))
     side, window = np.median(sides) if sides else 0, args.crop / args.scale[0]
     if side > 3 * window:
-        low, high, val = (500 / side * scale for scale in (*args.scale, args.val_scale))
+        factor = max(500, window) / side                # never so small that a crop is larger than the image
+        low, high, val = (factor * scale for scale in (*args.scale, args.val_scale))
         print_rank0(f"the images are {side:.0f} pixels long (median), of which a crop shows {window:.0f} at most: give "
                     f"--scale {low:.2g} {high:.2g} --val-scale {val:.2g}, with which it shows as much as of VOC's 500")
 
@@ -1183,11 +1185,13 @@ def batches(n, batch_size, seed, start, stop, rank, world):
 
 
 def quiet_worker(_):
-    """In a data worker: one thread (the cores are shared out by worker), and signals are the parent's business: Ctrl-C
-    and `timeout` send them to all. (A worker whose parent is gone ends by itself.)"""
+    """In a data worker: one thread (the cores are shared out by worker), and signals are the parent's business. A
+    terminal's Ctrl-C, `timeout` and batch systems send them to all processes: after a polite kill the parent has 15
+    seconds to finish its step."""
     cv2.setNumThreads(0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):                        # not on Windows, where nothing is polite
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(15))
 
 
 def seed_of(*key):
@@ -1298,6 +1302,8 @@ class Progress:
             try:
                 batch = [t.to(device, non_blocking=True) for t in next(loader)]
             except Exception:     # a broken file: the run goes on from here once it is mended
+                if self.args.workers:
+                    loader._shutdown_workers()          # the exception holds it, and Python would wait for them at exit
                 if self.step > self.saved and not dist.is_initialized():
                     self.read_losses()
                     self.save("last.pt", self.step, self.best)

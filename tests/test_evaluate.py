@@ -800,16 +800,15 @@ def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_is_killed_is_one_line(toy, checkpoint, monkeypatch):
+def test_a_worker_that_is_killed_is_one_line(toy, checkpoint, tmp_path, monkeypatch):
     """As by Linux where memory runs out: also where all images are with the workers before the first dies."""
     monkeypatch.setattr(evaluate, "refine_labels", die)
     why = "evaluate.py: a worker was killed, perhaps for want of memory: give fewer --workers"
-    for flags, last in ((("--workers", 1, "--split", "train"), why),
-                        (("--workers", 3, "--split", "val"), "evaluate.py: none of the 2 images could be scored, see "
-                                                             "above")):
-        status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--crf", *flags)
-        lines = error.strip().splitlines()
-        assert status == 2 and "Traceback" not in error and why in lines and lines[-1] == last, error
+    monkeypatch.setattr(evaluate, "try_crfs", die)
+    for flags in (("--crf", "--workers", 1, "--split", "train"), ("--crf", "--workers", 3, "--split", "val"),
+                  ("--crf-search", 2, "--workers", 3), ("--crf", "--images", toy / "JPEGImages", "--out", tmp_path)):
+        status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", *flags)
+        assert status == 2 and error.strip().splitlines()[-1] == why and "Traceback" not in error, error
 
 
 def test_crf_refines_what_is_scored_and_saved(toy, checkpoint, tmp_path):

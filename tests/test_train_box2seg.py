@@ -672,6 +672,9 @@ def test_a_corrupt_picture_met_by_a_worker_is_one_line(toy, tmp_path):
     picture.write_bytes(picture.read_bytes()[:300])
     said = refused(SCRIPT, "--data", data, "--out", tmp_path / "out", *TINY, "--workers", 1, "--loss", "mask")
     assert f"{name}.jpg" in said
+    flags = map(str, ["--data", data, "--out", tmp_path / "alone", *TINY, "--workers", 2, "--loss", "mask"])
+    process = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True, timeout=300)
+    assert process.returncode == 2 and f"{name}.jpg" in process.stderr      # workers keep no process from ending
 
 
 @pytest.mark.parametrize("flags, words", [
