@@ -425,8 +425,9 @@ def validation_list(voc, split, num_classes):
         if not file.exists():
             raise BadInput(f"no {file} to validate on: add it, or give --val-split none")
     require_a_class(truth_file(voc, i) for i in ids)
-    for i in tqdm(ids if rank_and_world()[0] == 0 else [], "validation list", leave=False, unit="image", disable=None):
-        read_pair(voc, num_classes, i)
+    if rank_and_world()[0] == 0:
+        for i in tqdm(ids, "validation list", leave=False, unit="image", disable=None):
+            read_pair(voc, num_classes, i)
     return ids
 
 
