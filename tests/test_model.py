@@ -1010,7 +1010,8 @@ def test_a_gpu_out_of_memory_is_one_line(capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has 79 GiB of which ...")
 
     assert run_script(main, "train.py", [], "--out") == 2
-    assert capsys.readouterr().err == "train.py: CUDA out of memory: give a smaller --batch-size or --crop\n"
+    assert capsys.readouterr().err == ("train.py: CUDA out of memory: give a smaller --batch-size or --crop, or, in "
+                                       "validation and label updates, --val-scale\n")
 
 
 def test_on_a_gpu_nothing_is_made_on_the_cpu():
