@@ -44,7 +44,7 @@ import signal
 import struct
 import sys
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -126,10 +126,6 @@ def one_core():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def throw(error):
-    raise error
-
-
 def read_ahead(ids, read):
     """For each id, the id and a function that gives read(id) or raises. A thread reads a few ids ahead, so that a GPU
     does not wait for files."""
@@ -154,26 +150,24 @@ def in_order(ids, read, prepare, work, workers):
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")  # no fork has CUDA
     if sys.platform == "linux":                         # macOS may not like what torch loads to be forked
         context.set_forkserver_preload(["torch", "torchvision"])    # once, and not by each worker
-    killed = WorkerKilled("a worker was killed, perhaps for want of memory: give fewer --workers")
 
-    def result_of(job):
-        try:
-            return job.result()
-        except BrokenProcessPool:
-            raise killed from None
+    def ended(name, job):                               # waits for the job
+        if isinstance(job.exception(), BrokenProcessPool):      # no fault of the image: all that follow would fail, too
+            raise BadInput("a worker was killed, perhaps for want of memory: give fewer --workers")
+        return name, job.result
 
     with ProcessPoolExecutor(workers, context, one_core) as pool:
         waiting = deque()
         for name, loaded in read_ahead(ids, read):
             try:
-                waiting.append((name, functools.partial(result_of, pool.submit(work, *prepare(*loaded())))))
-            except BrokenProcessPool:
-                raise killed from None
+                job = pool.submit(work, *prepare(*loaded()))
             except Exception as error:
-                waiting.append((name, functools.partial(throw, error)))
+                job = Future()
+                job.set_exception(error)
+            waiting.append((name, job))
             if len(waiting) > workers:
-                yield waiting.popleft()
-        yield from waiting
+                yield ended(*waiting.popleft())
+        yield from itertools.starmap(ended, waiting)
 
 
 def read_prediction(path, size, num_classes):
@@ -651,8 +645,6 @@ def evaluate(args):
     for name, result in tqdm(results, "evaluate", len(ids), unit="img", disable=None):
         try:
             truth, prediction = result()                                            # (H, W) uint8 each
-        except WorkerKilled:
-            raise
         except Exception as error:                      # whatever is bad in one image does not stop the others
             if network is None:                         # seconds of work: nothing is lost by fixing the file first
                 raise
@@ -943,10 +935,6 @@ def keep_apart(folders, inputs, files=()):
 # ==== end of shared block
 
 
-class WorkerKilled(BadInput):
-    """No fault of the image at hand: all that follow would fail, too."""
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # parameters of the CRF (BoxSup, Sect. 5.1: "a held-out 100 random validation images are used [...] to set
 # hyper-parameters")
@@ -984,8 +972,6 @@ def crf_search(results, count, args):
     for name, result in tqdm(results, "CRF search", count, unit="img", disable=None):
         try:
             total = total + result()                                                # (S, C, C)
-        except WorkerKilled:
-            raise
         except Exception as error:                      # whatever is bad in one image does not stop the others
             report(error)
             failed.append(name)
@@ -1047,8 +1033,6 @@ def predict_folder(args):
         path = paths[name]
         try:
             image, labels = result()
-        except WorkerKilled:
-            raise
         except Exception as error:                      # whatever is bad in one image does not stop the others
             report(error)
             failed.append(path.name)

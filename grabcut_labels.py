@@ -260,9 +260,12 @@ def say_notes(notes):
     return notes
 
 
-def shortened(lines, most=50):
+MOST = 50                                               # lines about images that fail
+
+
+def shortened(lines):
     """The first of many lines, and how many more there are."""
-    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
+    return lines if len(lines) <= MOST else [*lines[:MOST], f"and {len(lines) - MOST} more"]
 
 
 def a_few_ahead(ids, submit, ahead):
@@ -403,7 +406,7 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
                     raise
                 except Exception as error:  # one bad image does not stop the others, whatever is bad in it
                     summary["failures"].append(f"{image_id}: {one_line(error)}")
-                    if len(summary["failures"]) <= 50:
+                    if len(summary["failures"]) <= MOST:
                         tqdm.write(summary["failures"][-1], file=sys.stderr)
                     continue
                 summary["made"] += 1
@@ -1446,8 +1449,9 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
     if voc != Path(data) and (Path(data) / "JPEGImages").is_dir() or folder.is_relative_to(os.path.abspath(voc)):
         raise BadInput(f"--data {data}: holds images that were there before: name another folder, that is still to be "
                        "made")
-    earlier = {path.parent for path in files_below(folder, "VOC2012/import.json")}  # other imports' --data
-    files = [path for path in files_below(folder) if path.suffix.lower() in ENDINGS
+    below = files_below(folder)
+    earlier = {path.parent for path in below if path.parts[-2:] == ("VOC2012", "import.json")}  # other imports' --data
+    files = [path for path in below if path.suffix.lower() in ENDINGS
              and earlier.isdisjoint(path.parents) and not (folder / path).is_relative_to(os.path.abspath(voc))]
     if coco:
         wanted = names_file and tidy_names([line for line in read_text(names_file).splitlines() if line.strip()

@@ -1378,9 +1378,12 @@ def say_notes(notes):
     return notes
 
 
-def shortened(lines, most=50):
+MOST = 50                                               # lines about images that fail
+
+
+def shortened(lines):
     """The first of many lines, and how many more there are."""
-    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most} more"]
+    return lines if len(lines) <= MOST else [*lines[:MOST], f"and {len(lines) - MOST} more"]
 
 
 def a_few_ahead(ids, submit, ahead):
@@ -1481,7 +1484,7 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
                                    "--workers; the same command goes on from here") from None
                 except Exception as error:  # one bad image does not stop the others, whatever is bad in it
                     summary["failures"].append(f"{image_id}: {one_line(error)}")
-                    if len(summary["failures"]) <= 50:
+                    if len(summary["failures"]) <= MOST:
                         tqdm.write(summary["failures"][-1], file=sys.stderr)
                     continue
                 summary["made"] += 1

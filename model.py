@@ -1088,11 +1088,14 @@ def check_images(ids, names, list_file, args, saved, out):
             f"--batch-size {most} or less" if most >= 2 * world else "more images"))
 
 
-def say_what_a_crop_sees(files, args):
-    """A line where the images are so large that a crop shows next to nothing of them: a phone's photographs, say."""
+def say_what_a_crop_sees(files, n, args):
+    """A line where the images are so large that a crop shows next to nothing of them: a phone's photographs, say.
+
+    files: the number of an image, 0 to n - 1 -> its file and others.
+    """
     sides = []
-    for file in files[::max(1, len(files) // 100)]:
-        with contextlib.suppress(Exception), Image.open(file) as image:     # a broken one is named when it is read
+    for index in range(0, n, max(1, n // 100)):
+        with contextlib.suppress(Exception), Image.open(files(index)[0]) as image:      # a broken one is named later
             sides.append(max(image.size))
     side, window = np.median(sides) if sides else 0, args.crop / args.scale[0]
     if side > 3 * window:

@@ -433,7 +433,7 @@ def main(argv):
     val_ids = validation_list(voc, args.val_split, len(names))
     crops, made_of = make_crops(voc, ids, list_file, len(names), args, with_aw, saved)
     if not saved:
-        say_what_a_crop_sees([crops.files(index)[0] for index in range(len(ids))], args)
+        say_what_a_crop_sees(crops.files, len(ids), args)
     rates = None
     if args.loss == "filling-rate":
         rates = grabcut_labels.class_fill_rates(voc, ids, out=args.label_dir).to(device)

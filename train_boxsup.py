@@ -701,7 +701,7 @@ def main(argv):
     if len(boxed) < n:
         require_a_class(images.files(index)[1] for index in range(n) if index not in boxed)
     if not saved:
-        say_what_a_crop_sees([images.files(index)[0] for index in range(n)], args)
+        say_what_a_crop_sees(images.files, n, args)
     made_of = made_from(images, args, names)
     # (A checkpoint of before there was one of these fingerprints lacks it.)
     if saved and any(saved.get("made_of", {}).get(key, value) != value for key, value in made_of.items()):

@@ -74,13 +74,14 @@ def test_images_of_which_a_crop_shows_little_are_told(tmp_path, capsys):
         Image.new("L", size).save(tmp_path / f"{n}.png")
     (tmp_path / "4.png").write_bytes(b"broken")
     args = SimpleNamespace(crop=193, scale=[0.5, 1.0], val_scale=0.7)
-    say_what_a_crop_sees([tmp_path / f"{n}.png" for n in range(5)], args)
+    files = lambda n: [tmp_path / f"{n}.png"]
+    say_what_a_crop_sees(files, 5, args)
     assert capsys.readouterr().out == (
         "the images are 4000 pixels long (median), of which a crop shows 386 at most: give --scale 0.062 0.12 "
         "--val-scale 0.087, with which it shows as much as of VOC's 500\n")
     Image.new("L", (1158, 9)).save(tmp_path / "0.png")      # three crops, no more
-    say_what_a_crop_sees([tmp_path / "0.png"], args)
-    say_what_a_crop_sees([tmp_path / "4.png"], args)
+    say_what_a_crop_sees(files, 1, args)
+    say_what_a_crop_sees(lambda n: files(4), 1, args)
     assert capsys.readouterr().out == ""
 
 
