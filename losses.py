@@ -410,9 +410,11 @@ def regression_cost(logits, superpixels, members, boxes, classes):
     e_background = -log_y[0]                                                                      # (H, W)
     e_class = -log_y.gather(0, F.pad(classes.long(), (1, 0))[owner][None])[0]                     # (H, W), its owner's
 
-    table = torch.zeros(K + 1, R, dtype=torch.float64, device=log_y.device)  # ids are 0..R-1
+    ids = superpixels.long()                            # 0..R-1; index_put raises at R, but would take -1 for R-1
+    ids = ids.masked_fill(ids < 0, R)
+    table = torch.zeros(K + 1, R, dtype=torch.float64, device=log_y.device)
     # Summed in float64: a CPU with several threads adds float32 in no fixed order, and equal runs would differ.
-    background, D = (table.index_put((owner, superpixels.long()), e.double(), accumulate=True)[1:].to(log_y.dtype)
+    background, D = (table.index_put((owner, ids), e.double(), accumulate=True)[1:].to(log_y.dtype)
                      for e in (e_background, e_class - e_background))                             # (K, R)
     with torch.autocast(D.device.type, enabled=False):  # autocast would round the sums to 16 bits
         total = background.sum(1, keepdim=True) + D @ members.to(D.dtype).T                       # (K, N)

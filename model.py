@@ -199,9 +199,10 @@ def to_pixels(logits, size):
 
 
 def nearest_side(side, network):
-    """-> the number nearest to `side` of the form 32 k + 1 (VGG-16: 8 k + 1), k at least 1."""
-    step = getattr(network, "coarsest", 1)
-    return max(1, round((side - 1) / step)) * step + 1
+    """-> the number nearest to `side` of the form 32 k + 1, k at least 1 (VGG-16: 8 k + 1, k at least 2)."""
+    network = getattr(network, "module", network)       # DataParallel hides the attributes of the network it wraps
+    step, least = getattr(network, "coarsest", 1), getattr(network, "least", 1)
+    return max(least, round((side - 1) / step)) * step + 1
 
 
 def resized(x, scale, network):
@@ -453,6 +454,7 @@ class DeepLabVGG16(nn.Module):
     """
 
     stride = coarsest = 8
+    least = 2                                 # three cells a side; in two or fewer the 4x4 kernel sees only padding
 
     def __init__(self, num_classes, large_fov=False, pretrained=False, weights=None):
         super().__init__()

@@ -60,11 +60,12 @@ def test_cross_entropy_by_hand():
     """-log y of the label: a ln 2, b 2 ln 2, c ln 2, d ln 4/3. The +5 on all logits must not matter.
     L_box = (ln 2 + 2 ln 2 + ln 2 + 2 ln 2 - ln 3) / 4 = (6 * 0.693147 - 1.098612) / 4 = 0.765068
     With M, b is background and costs ln 2:  L_GC = (5 * 0.693147 - 1.098612) / 4 = 0.591781
-    With d unlabelled the mean is over three: 4 ln 2 / 3 = 0.924196
+    With d unlabelled the mean is over three: 4 ln 2 / 3 = 0.924196; of a alone it is ln 2.
     """
     assert is_close(losses.cross_entropy_loss(LOGITS, B), 0.765068)
     assert is_close(losses.cross_entropy_loss(LOGITS, M), 0.591781)
     assert is_close(losses.cross_entropy_loss(LOGITS, torch.tensor([[[1, 1], [0, 255]]])), 0.924196)
+    assert is_close(losses.cross_entropy_loss(LOGITS, torch.tensor([[[1, 255], [255, 255]]])), LN2)
 
 
 def test_foreground_by_hand():
@@ -167,8 +168,10 @@ def test_box2seg_by_hand():
         y.y         5/16     5/16     9/32     3/8      9/32     9/32
         of 1/256    2*25     2*25     4*132.25 100      2*20.25  2*20.25   810 / 256 / 13 = 0.243389
     Eq. 11 at the paper's weights 10, 1, 1:  0.591781 + 16.554752 + 0.366667 + 0.243389 = 17.756589
+    At ours, 1, 5, 1, the default:           0.591781 + 1.655475 + 1.833333 + 0.243389 = 4.323978
     With Eq. 6 (0.251736) and 2, 3, 4:  0.591781 + 3.310950 + 0.755208 + 0.973558 = 5.631497
     """
+    assert is_close(losses.box2seg_loss(LOGITS, ALPHA, BETA, B, M, num_samples=2)[0], 4.323978)
     total, terms = losses.box2seg_loss(LOGITS, ALPHA, BETA, B, M, num_samples=2, lambda_aw=10, lambda_alpha=1)
     assert list(terms) == ["L_GC", "L_AW", "L_alpha", "L_A"]
     assert is_close(list(terms.values()), [0.591781, 1.655475, 0.366667, 0.243389])
@@ -553,6 +556,13 @@ def test_filling_rates_in_half_precision():
     loss = losses.filling_rate_loss(logits, labels, torch.tensor([0.75]))
     for half in (torch.float16, torch.bfloat16):
         assert torch.equal(losses.filling_rate_loss(logits, labels, torch.tensor([0.75], dtype=half)), loss)
+
+
+def test_filling_rates_of_1_keep_all_pixels_however_unsure():
+    logits = 300 * torch.randn(1, 3, 6, 6)
+    labels = torch.where(torch.arange(36).view(1, 6, 6) % 5 == 0, 1, 2)
+    torch.testing.assert_close(losses.filling_rate_loss(logits, labels, torch.ones(2)),
+                               losses.cross_entropy_loss(logits, labels))
 
 
 def test_filling_rate_ends():
@@ -1019,6 +1029,16 @@ def test_affinity_loss_does_not_see_scale():
     assert (gradient * x.embeddings).sum(1).abs().max() < 1e-15
 
 
+def test_an_embedding_of_zeros_is_like_no_other():
+    embeddings = torch.randn(1, 4, 3, 3)
+    embeddings[0, :, 0, 0] = 0
+    embeddings.requires_grad_()
+    loss = losses.affinity_loss(embeddings, torch.rand(1, 3, 3, 3), torch.arange(9).view(1, 3, 3) % 3, 3)
+    loss.backward()
+    assert loss.isfinite() and embeddings.grad.isfinite().all()
+    assert losses.affinity(torch.zeros(1, 4), torch.ones(1, 4)) == 0
+
+
 def test_affinity_loss_is_zero_at_its_optimum():
     """Embeddings of one class parallel, of different classes orthogonal, targets one-hot: 0. The squares are multiplied
     out, so float32 leaves some 1e-6 on either side of 0 where the directions are not the axes."""
@@ -1406,6 +1426,8 @@ def test_regression_cost_refuses_what_it_would_misread():
     R = x["members"].shape[1]
     with pytest.raises(IndexError, match=f"index {R} is out of bounds"):
         losses.regression_cost(**x | dict(superpixels=x["superpixels"] + 1))  # as skimage's slic numbers them
+    with pytest.raises(IndexError, match=f"index {R} is out of bounds"):
+        losses.regression_cost(**x | dict(superpixels=x["superpixels"] - 1))  # -1 is no way to say the last one
     assert torch.equal(losses.regression_cost(**x | dict(superpixels=x["superpixels"].to(torch.uint8))),
                        losses.regression_cost(**x))
 

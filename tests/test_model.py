@@ -693,6 +693,23 @@ def test_flip_makes_the_answer_symmetric():
     torch.testing.assert_close(q.flip(2), p, rtol=1e-4, atol=1e-5)
 
 
+def test_predict_of_flat_pictures_sees_them():
+    """The least size leaves the 4x4 kernel of fc6 more than padding."""
+    torch.manual_seed(0)
+    network = DeepLabVGG16(4).eval()
+    network.fc8.weight.data.mul_(30)
+    one, other = (np.random.default_rng(seed).integers(0, 256, (12, 40, 3), np.uint8) for seed in (0, 1))
+    assert (predict(network, one) - predict(network, other)).abs().max() > 1e-4
+
+
+def test_predict_brings_images_to_size_for_a_wrapped_network_too():
+    torch.manual_seed(0)
+    network = Box2SegNet(4, "resnet18", 5, width=8).eval()
+    network.segmentation[-1].weight.data.normal_()
+    image = np.random.default_rng(0).integers(0, 256, (48, 70, 3), np.uint8)
+    torch.testing.assert_close(predict(torch.nn.DataParallel(network), image), predict(network, image))
+
+
 def test_predict_leaves_the_mode_and_the_weights():
     network, image = small().train(), picture(32, 32)
     network.encoder.bn1.eval()                                # a frozen part stays frozen
