@@ -400,6 +400,37 @@ def test_lists_are_interleaved_by_share(monkeypatch):
     assert len(trees) > 1 and [np.flatnonzero(member).tolist() for member in members] == [[2], [7], [1], [4], [5]]
 
 
+def test_each_scale_has_a_tree_of_its_own_and_their_mean_another(monkeypatch):
+    """Contours of the image and of reductions by 2 and 4, while 64 pixels are left; superpixels of the strongest angle
+    of their mean; a tree from each scale and from the mean, all with the same share of the mean's eigenvectors."""
+    seen = {name: [] for name in ("contour_strength", "descend", "along_arcs", "spectral_strength", "tree_groups")}
+    for name, calls in seen.items():
+        def spied(*a, calls=calls, original=getattr(mcg_candidates, name)):
+            calls.append((a, original(*a)))
+            return calls[-1][1]
+        monkeypatch.setattr(mcg_candidates, name, spied)
+    for size, reductions in (((128, 260), [(128, 260), (64, 130)]), ((127, 260), [(127, 260)]),
+                             ((256, 300), [(256, 300), (128, 150), (64, 75)])):
+        for calls in seen.values():
+            calls.clear()
+        image = cv2.normalize(cv2.GaussianBlur(noise(*size), (0, 0), 5), None, 0, 255, cv2.NORM_MINMAX)
+        mcg(image, max_candidates=10)
+        assert [a[0].shape[:2] for a, _ in seen["contour_strength"]] == reductions
+        for (small,), _ in seen["contour_strength"]:
+            np.testing.assert_array_equal(small, cv2.resize(image, small.shape[1::-1], interpolation=cv2.INTER_AREA))
+        contours = [np.stack([cv2.resize(c, size[::-1]) for c in found]) for _, found in seen["contour_strength"]]
+        contours.append(np.mean(contours, 0))
+        (((heights,), superpixels),) = seen["descend"]
+        np.testing.assert_allclose(heights, cv2.GaussianBlur(contours[-1].max(0), (0, 0), 1), atol=1e-6)
+        for contour, ((strength, _), _) in zip(contours, seen["along_arcs"], strict=True):
+            np.testing.assert_allclose(strength, contour, atol=1e-6)
+        local = [found for _, found in seen["along_arcs"]]
+        (((_, strength, count), spectral),) = seen["spectral_strength"]
+        assert np.array_equal(strength, local[-1]) and count == superpixels.max() + 1
+        for one, ((_, strength, *_), _) in zip(local, seen["tree_groups"], strict=True):
+            np.testing.assert_allclose(strength, 0.7 * one + 0.3 * spectral)
+
+
 def test_invariants():
     image = cv2.GaussianBlur(noise(60, 80, seed=1), (0, 0), 3)
     image = cv2.normalize(image, None, 0, 255, cv2.NORM_MINMAX)

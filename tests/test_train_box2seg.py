@@ -22,11 +22,14 @@ from conftest import kept_signals, refused
 from PIL import Image
 from toy_voc import make_toy_voc
 
+import evaluate
 import losses
+import model
 import train_box2seg
+import train_boxsup
 from grabcut_labels import class_fill_rates, read_label, read_list, write_label
-from model import (BadInput, Box2SegNet, batches, in_parallel, load_network, mixed_precision, place_network,
-                   random_crop, say_what_a_crop_sees, sgd_step, validate)
+from model import (BadInput, Box2SegNet, DeepLabVGG16, batches, in_parallel, initialize, load_network, make_optimizer,
+                   mixed_precision, place_network, predict, random_crop, say_what_a_crop_sees, sgd_step, validate)
 from train_box2seg import FIXED, ROWS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_box2seg.py"
@@ -50,6 +53,14 @@ def train(toy, out, *flags):
 
 def log_of(out):
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def short_run(script, toy, out, *flags):
+    """An epoch of either script on the true masks -> exit status."""
+    row = {train_box2seg: "--loss mask", train_boxsup: "--supervision masks"}[script]
+    tiny = f"--recipe small --crop 32 --batch-size 4 --epochs 1 --workers 0 --device cpu --amp off {row}".split()
+    with kept_signals():
+        return script.main(["--data", str(toy), "--out", str(out), *tiny, *map(str, flags)])
 
 
 def assert_same_run(a, b):
@@ -130,6 +141,62 @@ def test_image_and_labels_move_together_at_any_scale():
         assert not (wrong & ~meets).any()
 
 
+def test_a_view_at_scale_2_shows_half_as_much_at_twice_the_size():
+    """Columns are numbered; at scale 1/3 each column of the view shows the middle one of three."""
+    labels = np.arange(96, dtype=np.uint8)[None].repeat(96, 0)
+    image = np.repeat(labels[..., None], 3, 2)
+    for scale, columns in ((2, np.arange(32) // 2), (1, np.arange(32)), (1 / 3, 3 * np.arange(32) + 1)):
+        for seed in range(8):
+            view, (B,) = random_crop(image, [labels], np.random.default_rng(seed), 32, (scale, scale), 0)
+            row = B[0].astype(int) if B[0, 0] < B[0, -1] else B[0, ::-1].astype(int)
+            assert np.array_equal(row - row[0], columns - columns[0]) and (scale >= 1 or row[0] == 1)
+            assert np.abs(view[..., 0].astype(int) - B).max() <= 1
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_crops_come_from_everywhere_and_each_scale_comes_up(axis):
+    labels = np.arange(40, dtype=np.uint8)[None].repeat(40, 0)
+    labels = np.ascontiguousarray(labels.T) if axis == 0 else labels
+    image = np.repeat(labels[..., None], 3, 2)
+
+    def views(crop, scale):
+        return [random_crop(image, [labels], np.random.default_rng(seed), crop, scale, 0)[1][0] for seed in range(200)]
+
+    assert {view.min() for view in views(32, (1, 1))} == set(range(9))
+    assert {(view.min(1 - axis) == 255).argmin() for view in views(48, (1, 1))} == set(range(9))    # padded
+    shown = [len(np.unique(view)) for view in views(32, (1, 4))]
+    assert min(shown) == 8 and max(shown) > 28
+
+
+def test_brightness_contrast_and_saturation_change_both_ways(monkeypatch):
+    factors = {name: [] for name in ("adjust_brightness", "adjust_contrast", "adjust_saturation")}
+    for name, seen in factors.items():
+        monkeypatch.setattr(model.TF, name, lambda x, factor, seen=seen: seen.append(factor) or x)
+    image = np.zeros((8, 8, 3), np.uint8)
+    for seed in range(100):
+        random_crop(image, [image[..., 0]], np.random.default_rng(seed), 8, (1, 1), 0.3)
+    for seen in factors.values():
+        assert len(seen) == 100 and 0.7 <= min(seen) < 0.75 and 1.25 < max(seen) <= 1.3
+    assert len(set(map(tuple, factors.values()))) == 3
+
+
+@pytest.mark.parametrize("script", [train_box2seg, train_boxsup])
+def test_crop_scale_and_colour_reach_the_views(toy, tmp_path, monkeypatch, script):
+    seen, original = set(), script.random_crop
+    monkeypatch.setattr(script, "random_crop", lambda *a: seen.add(a[3:]) or original(*a))
+    assert short_run(script, toy, tmp_path, *"--crop 33 --scale 0.6 0.9 --colour 0.2".split()) == 0
+    assert seen == {(33, (0.6, 0.9), 0.2)}
+
+
+@pytest.mark.parametrize("script", [train_box2seg, train_boxsup])
+def test_padding_reaches_the_loss_as_255(toy, tmp_path, monkeypatch, script):
+    seen, original = [], losses.cross_entropy_loss
+    monkeypatch.setattr(losses, "cross_entropy_loss", lambda x, y: seen.append((y == 255).double().mean().item()) or
+                        original(x, y))
+    assert short_run(script, toy, tmp_path, *"--crop 97 --scale 1 1".split()) == 0              # images of 48 x 64
+    assert len(seen) == 3 and min(seen) > 0.6
+
+
 def test_colour_changes_the_picture_and_not_the_labels():
     image, labels = np.full((32, 32, 3), 100, np.uint8), np.arange(1024, dtype=np.uint8).reshape(32, 32) % 5
     view, (plain,) = random_crop(image, [labels], np.random.default_rng(3), 32, (1, 1), 0)
@@ -171,11 +238,54 @@ def test_a_run_whose_gradients_are_cut_says_so(toy, tmp_path, capsys):
     assert "were cut" not in capsys.readouterr().out and "clipped" not in log_of(tmp_path / "any")[-2]
 
 
+def test_what_attention_fills_is_logged_of_the_boxes(toy, tmp_path, monkeypatch):
+    """eta' of Eq. 8, mean over the classes that have a box in an image: B's, not M's."""
+    alpha, B = torch.zeros(2, 2, 2, 2), torch.tensor([[[1, 1], [0, 2]], [[0, 0], [0, 255]]])
+    alpha[0, 0, 0], alpha[0, 1, 1, 1] = torch.tensor([0.5, 1]), 0.25
+    assert train_box2seg.mean_fill(alpha, B) == pytest.approx((0.75 + 0.25) / 2)
+    seen, original = [], losses.box2seg_loss
+    monkeypatch.setattr(losses, "box2seg_loss", lambda *a, **k: seen.append((a[1].detach(), a[3])) or original(*a, **k))
+    assert train(toy, tmp_path, "--loss", "aw-fr", "--epochs", 1) == 0
+    logged = [r["eta'"] for r in log_of(tmp_path) if "eta'" in r]
+    assert logged == pytest.approx([train_box2seg.mean_fill(alpha, B).item() for alpha, B in seen]) and len(seen) == 3
+
+
 def test_recipes_hold_attention_but_for_the_printed_weights():
     weights = {name: (recipe["lambda_aw"], recipe["lambda_alpha"], recipe["lambda_a"])
                for name, recipe in train_box2seg.RECIPES.items()}
     assert weights.pop("printed") == (10, 1, 1)  # Sect. 4.1
     assert all(alpha >= 5 * aw and a == 1 for aw, alpha, a in weights.values())
+
+
+def test_the_rate_of_each_step(toy, tmp_path, monkeypatch):
+    """Polynomial, anew in each stage, the encoder's --encoder-lr times as much; momentum and weight decay for all."""
+    taken, original = [], train_box2seg.sgd_step
+    monkeypatch.setattr(train_box2seg, "sgd_step", lambda *a: taken.append(
+        [(g["lr"], g["momentum"], g["weight_decay"]) for g in a[2].param_groups]) or original(*a))
+    assert train(toy, tmp_path, "--encoder-lr", 0.5, "--momentum", 0.8, "--weight-decay", 0.01) == 0
+    rates = [0.02 * (1 - step / steps) ** 0.9 for steps in (3, 6) for step in range(steps)]
+    assert len(taken) == len(rates)
+    for groups, rate in zip(taken, rates):
+        assert groups == [(pytest.approx(factor * rate), 0.8, 0.01) for factor in (0.5, 1, 1)]
+
+
+def test_weight_decay_by_hand():
+    """Where the loss has no gradient, a step of SGD takes lr * decay of each weight, 0.1 * 0.5."""
+    network = Box2SegNet(3, "resnet18", 5, width=8)
+    optimizer = make_optimizer(network, SimpleNamespace(encoder_lr=1, lr=0.1, momentum=0.0, weight_decay=0.5))
+    before = {name: weight.detach().clone() for name, weight in network.named_parameters()}
+    sum(0 * weight.sum() for weight in network.parameters()).backward()
+    optimizer.step()
+    assert all(torch.allclose(weight, 0.95 * before[name]) for name, weight in network.named_parameters())
+
+
+@pytest.mark.parametrize("script", [train_box2seg, train_boxsup])
+def test_the_encoder_starts_from_imagenet_unless_other_weights_are_given(toy, tmp_path, monkeypatch, script):
+    asked = []
+    monkeypatch.setattr(model, "download_encoder", lambda encoder, backbone: asked.append(backbone))
+    for name, flags, times in (("scratch", [], 0), ("imagenet", ["--pretrained"], 1), ("imagenet", ["--resume"], 1),
+                               ("init", ["--pretrained", "--init", tmp_path / "scratch" / "last.pt"], 1)):
+        assert short_run(script, toy, tmp_path / name, *flags) == 0 and asked == ["resnet18"] * times
 
 
 def test_encoder_rate_and_batch_norm_at_rest(toy, tmp_path):
@@ -335,6 +445,29 @@ def test_which_labels_and_settings_reach_the_losses(toy, tmp_path, monkeypatch, 
         assert torch.equal(targets.argmax(1)[labels < 255], labels[labels < 255].long())
 
 
+def test_vocs_own_mask_comes_before_that_of_the_extra_images(tmp_path):
+    """Where both exist: SBD's have other borders and no rim of 255."""
+    own, extra = (tmp_path / folder / "a.png" for folder in ("SegmentationClass", "SegmentationClassAug"))
+    for path in (own, extra):
+        path.parent.mkdir()
+        path.touch()
+    finders = train_box2seg.truth_file, train_boxsup.truth_file, evaluate.truth_path
+    assert all(find(tmp_path, "a") == own for find in finders)
+    own.unlink()
+    assert all(find(tmp_path, "a") == extra for find in finders)
+
+
+@pytest.mark.parametrize("script", [train_box2seg, train_boxsup])
+def test_the_10582_images_are_taken_where_their_list_is(tmp_path, script):
+    lists = tmp_path / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("a\n")
+    assert script.training_list(tmp_path, None) == (["a"], lists / "train.txt")
+    (lists / "trainaug.txt").write_text("a\nb\n")
+    assert script.training_list(tmp_path, None) == (["a", "b"], lists / "trainaug.txt")
+    assert script.training_list(tmp_path, "train") == (["a"], lists / "train.txt")
+
+
 def test_filling_rates_are_those_of_the_training_masks(toy, tmp_path, monkeypatch):
     seen, original = [], losses.filling_rate_loss
     monkeypatch.setattr(losses, "filling_rate_loss", lambda *a: seen.append(a[2]) or original(*a))
@@ -353,6 +486,38 @@ def test_no_two_views_of_a_run_are_the_same(toy, tmp_path, monkeypatch):
     assert train(toy, tmp_path) == 0
     keys = [np.trim_zeros(key, "b") for key in keys if not isinstance(key, int) and len(key) > 2]
     assert len(keys) == 12 + 2 * 12 and len(set(keys)) == len(keys)
+
+
+def test_validation_sees_images_at_its_scale(toy):
+    torch.manual_seed(0)
+    network = Box2SegNet(6, "resnet18", width=8).eval()
+    network.segmentation[-1].weight.data.normal_()
+    voc = toy / "VOC2012"
+    ids = read_list(voc / "ImageSets" / "Segmentation" / "val.txt")
+    read = functools.partial(train_box2seg.read_pair, voc, 6)
+    found = {scale: validate(network, ids, read, scale, losses.confusion_matrix) for scale in (1.0, 0.5)}
+    assert not torch.equal(found[1.0], found[0.5])
+    for scale, confusion in found.items():
+        assert torch.equal(confusion, sum(
+            losses.confusion_matrix(predict(network, image, scales=(scale,)).argmax(0), torch.from_numpy(truth), 6)
+            for image, truth in map(read, ids)))
+
+
+@pytest.mark.parametrize("script", [train_box2seg, train_boxsup])
+def test_the_scale_to_validate_at_is_the_one_given(toy, tmp_path, monkeypatch, script):
+    seen, original = [], script.validate
+    monkeypatch.setattr(script, "validate", lambda *a: seen.append(a[3]) or original(*a))
+    assert short_run(script, toy, tmp_path, "--val-scale", 0.5) == 0 and seen == [0.5]
+
+
+def test_best_is_the_best_and_last_the_last(toy, tmp_path, monkeypatch):
+    scores = iter([2, 6, 4])                                    # tenths: IoU of the one class that occurs
+    monkeypatch.setattr(train_box2seg, "validate", lambda *_: torch.tensor([[v := next(scores), 10 - v], [0, 0]]))
+    assert train(toy, tmp_path, "--loss", "grabcut", "--epochs", 3) == 0
+    best, last = (torch.load(tmp_path / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    assert (best["step"], best["best"]) == (6, pytest.approx(0.6))
+    assert (last["step"], last["best"]) == (9, pytest.approx(0.6))
+    assert [r["miou"] for r in log_of(tmp_path) if "miou" in r] == pytest.approx([0.2, 0.6, 0.4])
 
 
 def test_training_learns(toy, tmp_path):
@@ -468,7 +633,8 @@ def test_stage_1_leaves_the_decoders_of_y_and_alpha_alone(toy, tmp_path, monkeyp
             assert torch.equal(one, after[2][name]), name
     assert after[2]["segmentation.1.num_batches_tracked"] == after[2]["attention.1.num_batches_tracked"] == 0
     assert after[2]["embedding.1.num_batches_tracked"] == 2
-    assert not torch.equal(after[1]["embedding.3.weight"], after[2]["embedding.3.weight"])
+    for name in ("encoder.conv1.weight", "encoder.layer4.1.conv2.weight", "fuse.0.weight", "embedding.3.weight"):
+        assert not torch.equal(after[1][name], after[2][name]), name
 
 
 def test_resume_of_a_finished_run_changes_nothing(toy, tmp_path, whole_run):
@@ -580,6 +746,29 @@ def test_init_from_another_class_count_starts_the_heads_fresh_and_says_so(toy, t
         train(other, tmp_path / "else", "--init", whole_run / "best.pt", "--loss", "grabcut", "--backbone", "resnet50")
 
 
+@pytest.mark.parametrize("network, last", [
+    (lambda: Box2SegNet(4, "resnet18", 5, width=8), ("segmentation.3.", "attention.3.")),
+    (lambda: DeepLabVGG16(4, large_fov=True), ("fc8.",))])
+def test_of_other_classes_of_the_same_number_each_last_layer_starts_fresh(tmp_path, network, last):
+    torch.manual_seed(0)
+    old = network()
+    torch.save({"model": old.state_dict(), "arch": old.arch, "class_names": list("0abc"), "args": {}, "optimizer": {}},
+               tmp_path / "old.pt")
+    for names, fresh in ((list("0abc"), ()), (list("0acb"), last)):
+        torch.manual_seed(1)
+        new = network()
+        start = {name: value.clone() for name, value in new.state_dict().items()}
+        initialize(new, tmp_path / "old.pt", names)
+        for name, value in new.state_dict().items():
+            assert torch.equal(value, (start if name.startswith(fresh) else old.state_dict())[name]), name
+
+
+def test_width_and_embedding_dim_reach_the_network(toy, tmp_path):
+    assert train(toy, tmp_path, "--epochs", 1, "--width", 12, "--embedding-dim", 7, "--pretrain-epochs", 0) == 0
+    arch = load_network(tmp_path / "last.pt")[0].arch
+    assert (arch["width"], arch["embedding_dim"], arch["backbone"], arch["num_classes"]) == (12, 7, "resnet18", 6)
+
+
 def test_batches_too_small_for_batch_norm_are_reported(toy, tmp_path, capsys):
     for size, count in ((2, 1), (4, 0)):
         assert train(toy, tmp_path / str(size), "--batch-size", size, "--loss", "mask", "--epochs", 1) == 0
@@ -595,6 +784,8 @@ def test_masks_is_a_fixed_fraction(toy, tmp_path, whole_run, capsys):
     ids, _ = train_box2seg.training_images(toy / "VOC2012", SimpleNamespace(split="train", masks=0.5, seed=0))
     other, _ = train_box2seg.training_images(toy / "VOC2012", SimpleNamespace(split="train", masks=0.5, seed=1))
     assert ids == other == sorted(set(ids)) and len(ids) == 6
+    every = read_list(toy / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt")
+    assert set(ids) < set(every) and ids not in (every[:6], every[6:], every[::2], every[1::2])
 
 
 def test_a_run_that_goes_on_with_corrected_boxes_says_so(tmp_path, capsys):
