@@ -43,6 +43,7 @@ import re
 import signal
 import struct
 import sys
+import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -55,7 +56,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from crf import BadInput as BadKernel
-from crf import ITERATIONS, PRESETS, crf_kernels, dense_crf, drawable, mean_field, unary_energy
+from crf import ITERATIONS, PRESETS, as_tensor, crf_kernels, dense_crf, drawable, mean_field, unary_energy
 from losses import affinity, confusion_matrix, iou
 from model import BadInput as BadModel
 from model import load_network, normalize, pick_device, predict, resized, to_pixels
@@ -121,9 +122,11 @@ def crf_workers(args):
 
 
 def one_core():
-    """Start of a worker process: one thread, and Ctrl-C is its parent's business."""
+    """Start of a worker process: one thread, deaf to Ctrl-C (the first process hears it), and never left behind."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    first = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (first.join(), os._exit(1)), daemon=True).start()
 
 
 def read_ahead(ids, read):
@@ -160,7 +163,8 @@ def in_order(ids, read, prepare, work, workers):
         waiting = deque()
         for name, loaded in read_ahead(ids, read):
             try:
-                job = pool.submit(work, *prepare(*loaded()))
+                # As arrays, through a pipe: tensors go through /dev/shm, which is full at 64 MB in a container.
+                job = pool.submit(work, *map(np.asarray, prepare(*loaded())))
             except Exception as error:
                 job = Future()
                 job.set_exception(error)
@@ -469,6 +473,9 @@ def save_pictures(voc, per_image, predicted, network, names, args):
     if args.best or args.worst:
         ranked = sorted(ids, key=per_image.get)
         chosen = list(dict.fromkeys(args.best * ranked[::-1][:count] + args.worst * ranked[:count]))
+    if "sheet" in chosen and (args.pictures or args.attention or args.affinity):
+        raise BadInput("an image is named sheet, as the sheet of all figures is: leave it out, by --list")
+    predicted = functools.cache(predicted)              # figures of several kinds show the same images
 
     for folder, strip, scale in (
             (args.pictures, comparison_strip, None),
@@ -477,7 +484,7 @@ def save_pictures(voc, per_image, predicted, network, names, args):
         if not folder:
             continue
         strips, everything, missing = [], set(), []
-        for name in chosen:
+        for name in tqdm(chosen, "figures", unit="img", disable=None):
             image = read_image(image_path(voc, name))
             prediction, size = predicted(name)[1], image.shape[:2]
             against = args.against.resolve().name if args.against else "truth"
@@ -548,6 +555,9 @@ def trimap_picture(voc, name, runs, args):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # the two jobs
+
+OUT_OF_MEMORY = "the GPU's memory does not suffice: give smaller --scales, --amp bf16, or --device cpu"
+
 
 def report(error):
     kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
@@ -645,6 +655,8 @@ def evaluate(args):
     for name, result in tqdm(results, "evaluate", len(ids), unit="img", disable=None):
         try:
             truth, prediction = result()                                            # (H, W) uint8 each
+        except torch.OutOfMemoryError:
+            raise BadInput(OUT_OF_MEMORY) from None
         except Exception as error:                      # whatever is bad in one image does not stop the others
             if network is None:                         # seconds of work: nothing is lost by fixing the file first
                 raise
@@ -670,13 +682,14 @@ def evaluate(args):
         raise BadInput(f"no pixel with a truth in the {len(ids)} images from {ids[0]} to {ids[-1]}: nothing to score")
 
     result = {**score(confusion, names), "images": len(per_image), "failed": failed}
+    if bands:
+        result["trimap"] = trimap_scores(confusion, bands)
+    if args.json:                                       # before a print that may fail, of a log on a full disk
+        write_json(args.json, result)
     text = table(result)
     print(text.replace("pixel accuracy", "pixel agreement") if args.against else text)
     if bands:
-        result["trimap"] = trimap_scores(confusion, bands)
         print("\n" + trimap_table(result["trimap"]))
-    if args.json:
-        write_json(args.json, result)
     save_pictures(voc, per_image, lambda name: work(*prepare(*read(name))), network, names, args)
     if args.trimap_plot:
         runs = {own: result["trimap"], **others}
@@ -954,6 +967,7 @@ def crf_grid(args):
 
 def try_crfs(truth, image, probabilities, grid):
     """Confusion matrices (S, C, C) int64 of one image, for each parameter set. A lattice serves all its weights."""
+    probabilities = as_tensor(probabilities)            # an array where workers are
     pixels, unary = torch.from_numpy(image).to(probabilities.device), unary_energy(probabilities)
     truth, built, confusions = torch.from_numpy(truth).to(probabilities.device), None, []
     with torch.no_grad():
@@ -1033,6 +1047,8 @@ def predict_folder(args):
         path = paths[name]
         try:
             image, labels = result()
+        except torch.OutOfMemoryError:
+            raise BadInput(OUT_OF_MEMORY) from None
         except Exception as error:                      # whatever is bad in one image does not stop the others
             report(error)
             failed.append(path.name)

@@ -18,7 +18,9 @@ import argparse
 import importlib
 import json
 import os
+import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -82,11 +84,14 @@ def budget_flags(args, row, flags):
     return ["--pretrain-epochs", first, "--epochs", args.budget - first]
 
 
-def flags_of(args, row):
-    """The flags of a row's run, all but its seed, and those that say where files lie and how the run is watched."""
+def flags_of(args, row, **places):
+    """The flags of a row's run, all but its seed, and those that say where files lie and how the run is watched.
+    places: what OUT, SEED and MISSING stand for."""
     flags = TABLES[args.paper][row][0]
-    return list(map(str, ["--recipe", args.recipe, *(["--split", args.split] if args.split else []), *flags,
-                          *budget_flags(args, row, flags), *args.rest]))
+    budget = budget_flags(args, row, flags)
+    flags = [re.sub("OUT|SEED|MISSING", lambda name: str(places.get(name[0], name[0])), flag) for flag in flags]
+    return list(map(str, ["--recipe", args.recipe, *(["--split", args.split] if args.split else []), *flags, *budget,
+                          *args.rest]))
 
 
 def arguments_of(args, row):
@@ -196,26 +201,50 @@ def main():
     parser.add_argument("rest", nargs="*", help="after --: flags of the training script")
     args = parser.parse_args()
     table = TABLES[args.paper]
-    args.rows = args.rows or DEFAULT[args.paper]
+    args.rows, args.seeds = list(dict.fromkeys(args.rows or DEFAULT[args.paper])), list(dict.fromkeys(args.seeds))
     if unknown := set(args.rows) - set(table):
         parser.error(f"--rows {' '.join(sorted(unknown))}: known are {' '.join(table)}")
     if not args.budget and any(row.startswith(("tuned", "imagenet")) for row in args.rows):
         parser.error("--rows tuned-..., imagenet-...: need --budget, from which their steps are counted")
+    if args.jobs < 1:
+        parser.error("--jobs must be at least 1")
     voc = find_voc(args.data)
     out = Path(args.out or f"runs/ablation-{args.paper}")
     out.mkdir(parents=True, exist_ok=True)
     arguments = {row: arguments_of(args, row) for row in table}
+    if any(arguments[row]["val_split"] == "none" for row in args.rows):
+        parser.error("--val-split none leaves nothing to compare")
     settings, here = {"paper": args.paper, "data": args.data, "arguments": arguments}, out / "settings.json"
     if not here.exists():  # never written anew: another command may be reading it
         here.write_text(json.dumps(settings))
     elif json.loads(here.read_text()) != settings:
         sys.exit(f"{out} holds runs with other settings (see {here}): name another --out")
+
+    def done(row, seed):
+        return (out / f"{row}-{seed}" / "done.json").exists()
+
+    def waits_for_network(seed):  # Table 5 starts from box2seg's network, for which a record does not stand
+        return any(row.startswith("tuned") and not done(row, seed) for row in args.rows)
+
+    runs = []
     if args.record and args.record.exists():
-        for line in args.record.read_text().splitlines():
-            run = json.loads(line)
-            if run["paper"] == args.paper and run["arguments"] == arguments.get(run["row"]):
-                (out / f"{run['row']}-{run['seed']}").mkdir(exist_ok=True)
-                (out / f"{run['row']}-{run['seed']}" / "done.json").write_text(json.dumps(run))
+        for number, line in enumerate(args.record.read_text().splitlines(), 1):
+            try:
+                runs.append(json.loads(line))
+            except ValueError:
+                sys.exit(f"{args.record}, line {number}: no record, perhaps cut off: delete the line")
+    elif args.record:
+        args.record.parent.mkdir(parents=True, exist_ok=True)
+    for run in sorted(runs, key=lambda run: run["row"] == "box2seg"):   # when it is known what Table 5 lacks
+        if run["paper"] == args.paper and run["arguments"] == arguments.get(run["row"]) and not (
+                run["row"] == "box2seg" and waits_for_network(run["seed"])):
+            (out / f"{run['row']}-{run['seed']}").mkdir(exist_ok=True)
+            (out / f"{run['row']}-{run['seed']}" / "done.json").write_text(json.dumps(run))
+    for folder in (out / f"box2seg-{seed}" for seed in filter(waits_for_network, args.seeds)):
+        if not (folder / "last.pt").exists():
+            (folder / "done.json").unlink(missing_ok=True)
+        if "box2seg" not in args.rows and not (folder / "done.json").exists():
+            parser.error(f"--rows tuned-...: start from {folder}/last.pt: add box2seg")
     prepare(args, voc, out)
 
     waiting = []  # (row, seed, command), seed by seed: a table of all rows stands early
@@ -226,19 +255,24 @@ def main():
             if (folder / "last.pt").exists():
                 command += ["--resume"]
             else:
-                flags = [flag.replace("OUT", str(out)).replace("SEED", str(seed)).replace("MISSING", f"{out}/missing")
-                         for flag in flags_of(args, row)]
+                flags = flags_of(args, row, OUT=out, SEED=seed, MISSING=out / "missing")
                 command += ["--data", args.data, "--seed", seed, "--val-every", 1000,  # the last epoch alone
                             "--log-every", 1,           # for the mean of eta'
                             *(["--workers", 0] if args.jobs > 1 else []), *flags]
-            if not (folder / "done.json").exists():
+            if not done(row, seed):
                 waiting.append((row, seed, list(map(str, command))))
 
     def ready(job):  # Table 5 starts from runs that have to be over
-        start = job[2][job[2].index("--init") + 1] if "--init" in job[2] else None
-        return start is None or (Path(start).parent / "done.json").exists()
+        return not job[0].startswith("tuned") or done("box2seg", job[1])
 
     running, failed = {}, []  # process: its job
+
+    def stopped(*_):  # by a kill, which the runs have not heard, unlike Ctrl-C
+        for process in running:
+            process.terminate()
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stopped)
     environment = os.environ | ({"OMP_NUM_THREADS": "1"} if args.jobs > 1 else {})
     try:
         while waiting or running:
@@ -292,3 +326,5 @@ if __name__ == "__main__":
         main()
     except (BadInput, train_boxsup.BadInput, train_boxsup.BadFile) as error:
         sys.exit(f"ablation.py: {error}")
+    except KeyboardInterrupt:  # while labels or candidates were made, which stay
+        sys.exit("interrupted; the same command goes on")

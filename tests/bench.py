@@ -417,7 +417,8 @@ def update(c):
     indices = range(len(ids))
     pixels = [torch.from_numpy(mcg_candidates.read_image(voc / "JPEGImages" / f"{name}.jpg")) for name in ids]
     network = boxsup_network(c)
-    args = argparse.Namespace(workers=min(8, os.cpu_count()), val_scale=1.0, lambda_r=3.0, top_k=5, seed=0)
+    args = argparse.Namespace(workers=min(8, os.cpu_count()), val_scale=1.0, lambda_r=3.0, min_recognized=0.3, top_k=5,
+                              seed=0)
 
     def whole():
         train_boxsup.update_labels(network, images, indices, {}, 1, args, CLASSES, [])

@@ -34,8 +34,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses
 from grabcut_labels import grabcut
-from mcg_candidates import (METHODS, BadInput, box_iou, candidates_folder, class_names, find_image, find_voc,
-                            read_boxes, read_candidates, read_image, read_label, read_list, tight_boxes)
+from mcg_candidates import (METHODS, BadInput, box_iou, candidates_folder, check_classes, class_names, find_image,
+                            find_voc, read_boxes, read_candidates, read_image, read_label, read_list, tight_boxes)
 from model import full_size_logits, load_network
 from train_boxsup import choose, paint, segments_of, truth_file
 
@@ -145,10 +145,11 @@ def main():
         network, saved = load_network(args.checkpoint)
         if saved["class_names"] != class_names(voc):
             raise BadInput(f"{args.checkpoint}: trained on other classes ({' '.join(saved['class_names'])})")
+        folder = args.candidates or candidates_folder(voc, args.method)
+        check_classes(folder, class_names(voc))
         settings = [(weight, share) for share in args.min_recognized for weight in args.lambda_r]
         matrices, predicted, shares = measure_choice(
-            voc, ids, args.candidates or candidates_folder(voc, args.method), network, settings,
-            args.val_scale or saved["args"]["val_scale"])
+            voc, ids, folder, network, settings, args.val_scale or saved["args"]["val_scale"])
         score = {key: 100 * losses.iou(matrix).nanmean().item() for key, matrix in matrices.items()}
         print(f"{len(ids)} images; the network itself: {100 * losses.iou(predicted).nanmean().item():.1f} mIoU; "
               f"{len(shares)} boxes\n\n| boxes recognized by | share of boxes | lambda | cheapest | one of five |\n"

@@ -151,6 +151,8 @@ def main(argv):
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "first.jpg", metavar="FILE",
                         help="default docs/first.jpg")
     args = parser.parse_args(argv)
+    if args.out.is_dir():
+        raise BadInput(f"--out {args.out}: expected the name of a file")
     network, names, scale = None, VOC_CLASSES, 1.0
     if args.checkpoint:
         try:

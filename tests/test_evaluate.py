@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -225,6 +226,41 @@ def test_scales_and_flip_reach_predict(toy, checkpoint, tmp_path):
     saved = png(tmp_path / "toy_val_00000.png")
     assert (saved == predict(network, image, (0.5, 1.5), True).argmax(0).numpy()).mean() > 0.999
     assert (saved == predict(network, image).argmax(0).numpy()).mean() < 0.99
+
+
+def test_a_gpu_without_memory_is_no_fault_of_the_image(toy, checkpoint, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(evaluate, "predict", full)
+    for flags in (("--data", toy), ("--images", toy / "JPEGImages", "--out", tmp_path)):
+        status, _, error = run(*flags, "--checkpoint", checkpoint, "--device", "cpu")
+        assert status == 2 and error.endswith("give smaller --scales, --amp bf16, or --device cpu\n"), error
+
+
+def test_scores_are_kept_where_the_table_cannot_be_printed(toy, tmp_path):
+    with open("/dev/full", "w") as full:
+        subprocess.run([sys.executable, REPOSITORY / "evaluate.py", "--data", toy, "--labels", toy / "GrabCutMasks",
+                        "--json", tmp_path / "scores.json"], stdout=full, stderr=subprocess.DEVNULL)
+    assert json.loads((tmp_path / "scores.json").read_text())["images"] == 2
+
+
+def test_figures_of_several_kinds_predict_once(toy, checkpoint, tmp_path, monkeypatch):
+    calls, original = [], evaluate.predict
+    monkeypatch.setattr(evaluate, "predict", lambda *a: calls.append(a) or original(*a))
+    status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--pictures", tmp_path / "p",
+                           "--attention", tmp_path / "a", "--affinity", tmp_path / "b")
+    assert status == 0 and len(calls) == 4, error               # two images, to score and to draw
+    assert all(len(list((tmp_path / kind).glob("*.png"))) == 3 for kind in "pab")
+
+
+def test_an_image_named_sheet_has_no_place_among_figures(copy, tmp_path):
+    for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png"), ("GrabCutMasks", "png")):
+        (copy / folder / f"toy_val_00000.{ending}").rename(copy / folder / f"sheet.{ending}")
+    (tmp_path / "ids.txt").write_text("sheet\ntoy_val_00001\n")
+    flags = "--data", copy, "--labels", copy / "GrabCutMasks", "--list", tmp_path / "ids.txt"
+    assert run(*flags)[0] == 0
+    assert "an image is named sheet" in refused(*flags, "--pictures", tmp_path / "p")
 
 
 def test_images_are_seen_at_the_scale_of_the_training(toy, checkpoint, tmp_path):
@@ -809,6 +845,44 @@ def test_a_worker_that_is_killed_is_one_line(toy, checkpoint, tmp_path, monkeypa
                   ("--crf-search", 2, "--workers", 3), ("--crf", "--images", toy / "JPEGImages", "--out", tmp_path)):
         status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", *flags)
         assert status == 2 and error.strip().splitlines()[-1] == why and "Traceback" not in error, error
+
+
+@pytest.mark.parametrize("arch, preset", [
+    (dict(network="DeepLabVGG16", large_fov=False), "vgg16-plain"),
+    (dict(network="DeepLabVGG16", large_fov=True), "vgg16"), (dict(network="Box2SegNet"), "resnet101")])
+def test_each_network_has_the_crf_of_its_preset(arch, preset):
+    from crf import PRESETS
+    args = dict(crf_search=None, crf_backend="torch", crf_w=None, crf_xy=None, crf_rgb=None, crf_iterations=10)
+    wanted, network = PRESETS[preset] | {"iterations": 10, "backend": "torch"}, SimpleNamespace(arch=arch)
+    for crf in ("auto", preset):
+        assert evaluate.crf_options(network, SimpleNamespace(crf=crf, **args)) == wanted
+    given = args | dict(crf_w=9.0, crf_xy=8.0, crf_rgb=7.0)
+    assert evaluate.crf_options(network, SimpleNamespace(crf="auto", **given)) == wanted | dict(w=9, xy=8, rgb=7)
+
+
+def kind_of(x):
+    return type(x).__name__
+
+
+def test_no_tensor_goes_to_a_worker():
+    """Tensors would go through /dev/shm, of which a container has 64 MB; images would be left out for want of it."""
+    (_, result), = evaluate.in_order(["a"], lambda name: (1,), lambda _: (torch.zeros(3),), kind_of, 1)
+    assert result() == "ndarray"
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_a_killed_run(toy, checkpoint, tmp_path, how):
+    (tmp_path / "images").mkdir()
+    for n in range(60):
+        shutil.copy(toy / "JPEGImages" / "toy_val_00000.jpg", tmp_path / "images" / f"{n:02}.jpg")
+    command = [sys.executable, REPOSITORY / "evaluate.py", "--checkpoint", checkpoint, "--device", "cpu", "--images",
+               tmp_path / "images", "--out", tmp_path / "out", "--crf", "--crf-iterations", "500", "--workers", "2"]
+    killed = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while killed.poll() is None and not list(tmp_path.glob("out/*.png")):
+        time.sleep(0.01)
+    killed.send_signal(how)
+    killed.communicate(timeout=60)                              # returns once the workers are gone, too
+    assert killed.returncode == -how and len(list(tmp_path.glob("out/*.png"))) < 60
 
 
 def test_crf_refines_what_is_scored_and_saved(toy, checkpoint, tmp_path):

@@ -356,6 +356,28 @@ def test_the_neighbours_of_a_flock_are_no_background():
     assert np.array_equal(alone > 0, apart > 0) and again == fallbacks
 
 
+def test_a_mask_stays_in_its_box_beside_boxes_of_its_class():
+    picture, band, boxes = flock()
+    for box in boxes:
+        mask, why = grabcut(picture, box, band)
+        assert why is None and not (mask & ~whole_box(mask.shape, box)).any()
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 7])
+def test_no_more_iterations_than_asked_for(monkeypatch, iterations):
+    calls = []
+
+    def cut(image, state, *_):                                  # a mask that shrinks each time, so that none is the last
+        calls.append(None)
+        box = np.full(1600, cv2.GC_PR_BGD, np.uint8)
+        box[:800 - 5 * len(calls)] = cv2.GC_PR_FGD
+        state[4:44, 4:44] = box.reshape(40, 40)
+
+    monkeypatch.setattr(cv2, "grabCut", cut)
+    grabcut(np.zeros((60, 60, 3), np.uint8), (10, 10, 50, 50), iterations=iterations)
+    assert len(calls) == iterations
+
+
 def test_plain_opencv_is_among_the_options():
     """RGB, full size, neighbours ignored: cv2.grabCut's own answer on box and margin."""
     picture, _, (x0, y0, x1, y1) = disc()

@@ -188,6 +188,14 @@ def test_hierarchy_is_that_of_the_naive_search(seed):
     assert [tuple(sorted(merge)) for merge in merges] == naive_hierarchy(superpixels, channels, 5)
 
 
+def test_selective_search_starts_from_coarse_and_fine_segments(monkeypatch):
+    seen, original = [], mcg_candidates.felzenszwalb
+    monkeypatch.setattr(mcg_candidates, "felzenszwalb",
+                        lambda *a: seen.append((a[3], original(*a).max())) or original(*a))
+    mcg_candidates.selective_search(clutter(60, 80))
+    assert [scale for scale, _ in seen] == [0.01, 0.02] and seen[0][1] > seen[1][1]
+
+
 def test_selective_search_hands_on_what_hierarchy_expects(monkeypatch):
     """Channels in 0..1; histograms whose shares add up to 1 each; sizes and tight boxes in shares of the image; three
     colour spaces x four sets of similarities x two starts."""
@@ -524,6 +532,15 @@ def test_a_second_run_makes_only_what_is_missing(drawn, devkit):
     assert (summary["made"], summary["skipped"], summary["failures"]) == (1, 7, [])
     now = read_candidates(folder / f"{ids[0]}.npz")
     assert (now["classes"] != held["classes"]).sum() == 1 and np.array_equal(now["members"], held["members"])
+
+
+def test_what_is_written_is_what_the_method_finds_in_rgb(drawn):
+    devkit, folder = drawn
+    for name in all_ids(find_voc(devkit))[:3]:
+        image = read_image(devkit / "VOC2012" / "JPEGImages" / f"{name}.jpg")
+        superpixels, members = METHODS["gop"](image, 3500)
+        there = read_candidates(folder / f"{name}.npz")
+        assert np.array_equal(there["members"][:, there["superpixels"]], members[:, superpixels])     # masks
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])

@@ -5,9 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ablation as ablation_script
+import bench
 import first_picture
 import numpy as np
 import object_sizes
@@ -77,6 +79,71 @@ def test_ablation_of_a_row_that_fails_and_of_other_settings(folder):
     assert not (folder / "new" / "settings.json").exists()      # which would refuse the right --data
     call("ablation.py", "--rows", "box2seg", "tuned-0.1", folder=folder, status=2)      # of how many steps?
     assert not (folder / "runs" / "ablation-boxsup" / "rectangles-0.log").exists()
+
+
+def test_what_ablation_refuses_before_it_runs_anything(folder, tmp_path):
+    (tmp_path / "cut.jsonl").write_text('{"paper": "boxs')
+    for flags, status, why in (
+            (["--jobs", 0], 2, "--jobs must be at least 1"), (["--", "--val-split", "none"], 2, "nothing to compare"),
+            (["--record", tmp_path / "cut.jsonl"], 1, "line 1: no record"),
+            (["--paper", "box2seg", "--rows", "tuned-1", "--budget", 1], 2, "add box2seg")):
+        ended, out, error = run_as_main(HERE / "ablation.py", "--data", "VOCdevkit", "--paper", "boxsup", "--rows",
+                                        "rectangles", "--out", tmp_path / why[:6], *flags, folder=folder)
+        assert ended == status and why in error and "Traceback" not in error and "train_box" not in out, (out, error)
+
+
+def test_only_the_tables_flags_hold_placeholders():
+    args = argparse.Namespace(paper="boxsup", recipe="small", split=None, budget=None, rest=["--init", "OUT/SEED.pt"])
+    assert ablation_script.flags_of(args, "semi", OUT="SEEDS/a", SEED=7, MISSING="m") == [
+        "--recipe", "small", "--masks-list", "SEEDS/a/masks.txt", "--init", "OUT/SEED.pt"]
+
+
+def test_table_5_starts_from_a_network_not_from_a_record(folder, tmp_path, monkeypatch):
+    """A seed that is given twice runs once; the record of box2seg stands for it until a row needs its network."""
+    started = []
+
+    class Run:                                                  # ends at once, and leaves what a training leaves
+        returncode = 0
+
+        def __init__(self, command, **_):
+            out = Path(command[command.index("--out") + 1])
+            started.append((out.parent.name, out.name))
+            out.mkdir(exist_ok=True)
+            (out / "last.pt").touch()
+            first = {"git": "abc", "versions": {"torch": "2"}, "device": "cpu"}
+            (out / "log.jsonl").write_text(json.dumps(first) + '\n{"miou": 0.5}\n')
+
+        def poll(self):
+            return 0
+
+    monkeypatch.setattr(subprocess, "Popen", Run)
+    monkeypatch.setattr(subprocess, "run", lambda command: argparse.Namespace(returncode=0))
+
+    def ablation(out, *rows):
+        call("ablation.py", "--data", "VOCdevkit", "--rows", *rows, "--seeds", 0, 0, "--budget", 2, "--record",
+             tmp_path / "new" / "runs.jsonl", "--out", tmp_path / out, "--", "--init", "nowhere.pt", folder=folder)
+
+    ablation("a", "box2seg")
+    ablation("b", "box2seg")
+    assert started == [("a", "box2seg-0")]
+    ablation("b", "box2seg", "tuned-1")
+    ablation("b", "box2seg", "tuned-1")
+    ablation("c", "box2seg", "tuned-1")                         # all are recorded
+    assert started == [("a", "box2seg-0"), ("b", "box2seg-0"), ("b", "tuned-1-0")]
+    assert len((tmp_path / "new" / "runs.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_killed_ablation_leaves_no_run_behind(folder, tmp_path):
+    killed = subprocess.Popen([sys.executable, HERE / "ablation.py", "--data", "VOCdevkit", "--paper", "boxsup",
+                               "--rows", "rectangles", "--seeds", "0", "--out", tmp_path / "out", "--", *TINY, "--epochs",
+                               "5000"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "rectangles-0" / "log.jsonl"
+    while killed.poll() is None and not (log.exists() and log.read_text().count("\n") > 1):
+        time.sleep(0.05)
+    killed.terminate()
+    error = killed.communicate(timeout=60)[1]
+    assert killed.returncode == 1 and "interrupted; the same command goes on" in error
+    assert (log.parent / "last.pt").exists() and "--resume" in (tmp_path / "out" / "rectangles-0.log").read_text()
 
 
 def test_ablation_takes_recorded_runs(folder, tmp_path):
@@ -165,6 +232,13 @@ def test_what_the_choice_makes_of_candidates(folder):
     assert [row[:3] for row in rows] == [[0, 1, 0], [0, 1, 1], [2, 0, 0], [2, 0, 1]]
     assert all(0 < x < 100 for row in rows for x in row[3:]) and rows[0][3] > 40     # by the box alone, isolated shapes
     assert rows[2][3:] == rows[3][3:] == rows[0][3:]        # no box is recognized by twice its area: E_o alone
+    copied = folder / "copied" / "VOC2012"
+    shutil.copytree(folder / "VOCdevkit" / "VOC2012", copied)
+    source = json.loads((copied / "Candidates-mcg" / "source.json").read_text())
+    source["class_names"][1:3] = source["class_names"][2:0:-1]
+    (copied / "Candidates-mcg" / "source.json").write_text(json.dumps(source))
+    call("candidate_quality.py", "--data", "copied", "--split", "train", "--checkpoint",
+         "runs/ablation-boxsup/boxsup-3/last.pt", folder=folder, status=2)      # of other classes
 
 
 def test_bench_writes_what_it_prints(folder):
@@ -177,6 +251,11 @@ def test_bench_writes_what_it_prints(folder):
         assert row["name"] in printed and row["low"] <= row["ratio"] <= row["high"] and row["ours"] > 0
     assert "no row stage:" in subprocess.run([sys.executable, HERE / "bench.py", "stage"], capture_output=True,
                                              text=True).stderr
+
+
+def test_bench_of_a_label_update(tmp_path):
+    c = argparse.Namespace(folder=tmp_path, pictures=2, boxsup="resnet18", device="cpu", repeat=1)
+    assert bench.update(c)["name"] == "update"
 
 
 def test_first_picture(tmp_path, monkeypatch, capsys):
@@ -219,6 +298,8 @@ def test_first_picture(tmp_path, monkeypatch, capsys):
         first_picture.row("a", network, ["background", "dog"], 1.0)
     with pytest.raises(first_picture.BadInput, match="no such file"):
         first_picture.main(["--checkpoint", str(tmp_path / "none.pt")])
+    with pytest.raises(first_picture.BadInput, match="the name of a file"):
+        first_picture.main(["--out", str(tmp_path)])
 
 
 def test_first_picture_without_scikit_image(monkeypatch):

@@ -161,3 +161,10 @@ def test_command_line(tmp_path):
     assert png_of(same, "SegmentationClass", "toy_train_00000").shape == (40, 56)
     bad = subprocess.run([sys.executable, script, str(tmp_path), "--size", "4", "4"], capture_output=True, text=True)
     assert bad.returncode == 2 and "--size" in bad.stderr
+    lists = tmp_path / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "val.txt").write_text("2007_000033\n")
+    for folder, why in ((tmp_path / "VOCdevkit", "is another data set"), (script, "Not a directory")):
+        bad = subprocess.run([sys.executable, script, str(folder)], capture_output=True, text=True)
+        assert bad.returncode in (1, 2) and why in bad.stderr and "Traceback" not in bad.stderr, bad.stderr
+    assert (lists / "val.txt").read_text() == "2007_000033\n"

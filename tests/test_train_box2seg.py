@@ -504,10 +504,11 @@ def test_validation_sees_images_at_its_scale(toy):
 
 
 @pytest.mark.parametrize("script", [train_box2seg, train_boxsup])
-def test_the_scale_to_validate_at_is_the_one_given(toy, tmp_path, monkeypatch, script):
+def test_validation_is_of_its_list_and_at_its_scale(toy, tmp_path, monkeypatch, script):
     seen, original = [], script.validate
-    monkeypatch.setattr(script, "validate", lambda *a: seen.append(a[3]) or original(*a))
-    assert short_run(script, toy, tmp_path, "--val-scale", 0.5) == 0 and seen == [0.5]
+    monkeypatch.setattr(script, "validate", lambda *a: seen.append((a[1], a[3])) or original(*a))
+    assert short_run(script, toy, tmp_path, "--val-scale", 0.5) == 0
+    assert seen == [([f"toy_val_{n:05}" for n in range(3)], 0.5)]
 
 
 def test_best_is_the_best_and_last_the_last(toy, tmp_path, monkeypatch):

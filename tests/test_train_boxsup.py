@@ -671,6 +671,17 @@ def test_after_init_the_networks_feedback_counts_at_once(toy, tmp_path, whole_ru
     assert update["cost"] > 1 - update["box_iou"] + 0.01  # E_r is in it
 
 
+def test_nothing_of_an_old_run_passes_for_the_new_ones(toy, tmp_path):
+    """--overwrite: rectangles are drawn anew, and a best.pt that the new run does not write is gone."""
+    flags = "--supervision", "rectangles", "--epochs", 1
+    assert train(toy, tmp_path, *flags) == 0 and (tmp_path / "best.pt").exists()
+    path = sorted((tmp_path / "masks").glob("*.png"))[0]
+    drawn = path.read_bytes()
+    train_boxsup.write_label(path, np.zeros((48, 64)))
+    assert train(toy, tmp_path, *flags, "--overwrite", "--val-split", "none") == 0
+    assert path.read_bytes() == drawn and not (tmp_path / "best.pt").exists()
+
+
 def test_vgg_takes_a_step(toy, tmp_path):
     assert train(toy, tmp_path, "--backbone", "vgg16", "--large-fov", "--supervision", "masks", "--epochs", 1,
                  "--lr", 1e-3, "--val-split", "none", "--batch-size", 12) == 0

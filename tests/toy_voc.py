@@ -29,6 +29,8 @@ Expect: 480 images to train on and 120 to validate, 120x160 pixels, in a few sec
 import argparse
 import colorsys
 import os
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -311,9 +313,16 @@ def main():
     parser.add_argument("--size", type=int, nargs=2, default=[120, 160], metavar=("H", "W"), help="pixels (ours)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other images (ours)")
     args = parser.parse_args()
-    if args.images < 0 or args.val < 0 or min(args.size) < 16:
-        parser.error("--images and --val must not be negative, and --size at least 16 16")
-    root = make_toy_voc(args.directory, args.images, args.val, tuple(args.size), args.seed)
+    if min(args.images, args.val, args.seed) < 0 or min(args.size) < 16:
+        parser.error("--images, --val and --seed must not be negative, and --size at least 16 16")
+    voc = Path(args.directory) / "VOC2012"
+    if voc.exists() and not ((voc / "class_names.txt").exists()
+                             and (voc / "class_names.txt").read_text(encoding="utf-8").split() == CLASS_NAMES):
+        parser.error(f"{voc} is another data set, whose lists would be overwritten: name another DIR")
+    try:
+        root = make_toy_voc(args.directory, args.images, args.val, tuple(args.size), args.seed)
+    except OSError as error:
+        sys.exit(f"toy_voc.py: {error}")
     print(f"{args.images} + {args.val} images of {args.size[0]}x{args.size[1]} in {root}")
 
 
