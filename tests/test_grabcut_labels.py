@@ -367,7 +367,7 @@ def test_a_mask_stays_in_its_box_beside_boxes_of_its_class():
 def test_no_more_iterations_than_asked_for(monkeypatch, iterations):
     calls = []
 
-    def cut(image, state, *_):                                  # a mask that shrinks each time, so that none is the last
+    def cut(image, state, *_):                          # a mask that shrinks each time, so that none is the last
         calls.append(None)
         box = np.full(1600, cv2.GC_PR_BGD, np.uint8)
         box[:800 - 5 * len(calls)] = cv2.GC_PR_FGD

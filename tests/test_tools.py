@@ -134,9 +134,9 @@ def test_table_5_starts_from_a_network_not_from_a_record(folder, tmp_path, monke
 
 
 def test_a_killed_ablation_leaves_no_run_behind(folder, tmp_path):
-    killed = subprocess.Popen([sys.executable, HERE / "ablation.py", "--data", "VOCdevkit", "--paper", "boxsup",
-                               "--rows", "rectangles", "--seeds", "0", "--out", tmp_path / "out", "--", *TINY, "--epochs",
-                               "5000"], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, HERE / "ablation.py", "--data", "VOCdevkit", "--paper", "boxsup", "--rows", "rectangles",
+               "--seeds", "0", "--out", tmp_path / "out", "--", *TINY, "--epochs", "5000"]
+    killed = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "rectangles-0" / "log.jsonl"
     while killed.poll() is None and not (log.exists() and log.read_text().count("\n") > 1):
         time.sleep(0.05)
