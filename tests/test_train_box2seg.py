@@ -521,6 +521,22 @@ def test_best_is_the_best_and_last_the_last(toy, tmp_path, monkeypatch):
     assert [r["miou"] for r in log_of(tmp_path) if "miou" in r] == pytest.approx([0.2, 0.6, 0.4])
 
 
+@pytest.mark.parametrize("script", [train_box2seg, train_boxsup])
+def test_the_best_score_outlives_a_stop(toy, tmp_path, monkeypatch, script):
+    scores = iter([6, 4])
+
+    def scored(*_):
+        if (tenths := next(scores)) == 6:
+            signal.raise_signal(signal.SIGINT)
+        return torch.tensor([[tenths, 10 - tenths], [0, 0]])
+
+    monkeypatch.setattr(script, "validate", scored)
+    assert short_run(script, toy, tmp_path, "--epochs", 2) == 130
+    assert short_run(script, toy, tmp_path, "--epochs", 2, "--resume") == 0
+    best, last = (torch.load(tmp_path / name, weights_only=True) for name in ("best.pt", "last.pt"))
+    assert (best["step"], last["step"], last["best"]) == (3, 6, pytest.approx(0.6))
+
+
 def test_training_learns(toy, tmp_path):
     assert train(toy, tmp_path, "--loss", "mask", "--epochs", 15, "--val-every", 15) == 0
     curve = [r["L_CE"] for r in log_of(tmp_path) if "L_CE" in r]
