@@ -218,13 +218,14 @@ def test_a_run_whose_attention_is_dead_says_so(toy, tmp_path, capsys):
     assert "attention is dead" not in capsys.readouterr().out and log_of(tmp_path / "alive")[-2]["eta'"] > 0.2
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("clip_norm, cut, step", [(0, 0, 5), (4, 1, 4), (6, 0, 5)])
-def test_a_gradient_that_is_too_long_is_cut(clip_norm, cut, step):
-    """L = 3 v + 4 w: a gradient of norm 5."""
+def test_a_gradient_that_is_too_long_is_cut(clip_norm, cut, step, scaled):
+    """L = 3 v + 4 w: a gradient of norm 5, whether or not fp16's scaler multiplies it meanwhile."""
     layer = torch.nn.Linear(2, 1, bias=False)
     torch.nn.init.zeros_(layer.weight)
     loss = layer(torch.tensor([[3.0, 4.0]])).sum()
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
     assert sgd_step(loss, layer, torch.optim.SGD(layer.parameters(), lr=1.0), scaler, clip_norm) == cut
     torch.testing.assert_close(layer.weight[0], -torch.tensor([0.6, 0.8]) * step)
 
