@@ -373,6 +373,7 @@ def training_images(voc, args):
     ids, list_file = training_list(voc, args.split)
     # PAPER SILENT: which images have masks in Table 5, the loss and the schedule of its fine-tuning; a random choice,
     # the same whatever the seed of the run, cross-entropy on these images alone, and the schedule of stage 2.
+    # (True masks for a share of the images and GrabCut's for all others did no better: docs/results.md, "Table 5".)
     if args.masks < 1:
         keep = np.random.default_rng(0).permutation(len(ids))[:max(1, round(args.masks * len(ids)))]
         ids = [ids[i] for i in sorted(keep)]
