@@ -254,6 +254,14 @@ def test_figures_of_several_kinds_predict_once(toy, checkpoint, tmp_path, monkey
     assert all(len(list((tmp_path / kind).glob("*.png"))) == 3 for kind in "pab")
 
 
+def test_attention_and_affinity_are_seen_at_the_first_scale(toy, checkpoint, tmp_path, monkeypatch):
+    seen, original = [], evaluate.resized
+    monkeypatch.setattr(evaluate, "resized", lambda *a: seen.append(a[1]) or original(*a))
+    status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--scales", 0.5, 1.5,
+                           "--num-pictures", 1, "--attention", tmp_path / "a", "--affinity", tmp_path / "b")
+    assert status == 0 and seen == [0.5, 0.5], error
+
+
 def test_an_image_named_sheet_has_no_place_among_figures(copy, tmp_path):
     for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png"), ("GrabCutMasks", "png")):
         (copy / folder / f"toy_val_00000.{ending}").rename(copy / folder / f"sheet.{ending}")
