@@ -556,10 +556,11 @@ def trimap_picture(voc, name, runs, args):
 # ----------------------------------------------------------------------------------------------------------------------
 # the two jobs
 
-OUT_OF_MEMORY = "the GPU's memory does not suffice: give smaller --scales, --amp bf16, or --device cpu"
-
-
 def report(error):
+    """What is bad in one image, which the others do not wait for; a GPU's memory is no fault of the image."""
+    if isinstance(error, torch.OutOfMemoryError):
+        raise BadInput("the GPU's memory does not suffice: "
+                       "give smaller --scales, --amp bf16, or --device cpu") from None
     kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
     tqdm.write(f"evaluate.py: {kind}{' '.join(str(error).split())}", file=sys.stderr)
 
@@ -655,8 +656,6 @@ def evaluate(args):
     for name, result in tqdm(results, "evaluate", len(ids), unit="img", disable=None):
         try:
             truth, prediction = result()                                            # (H, W) uint8 each
-        except torch.OutOfMemoryError:
-            raise BadInput(OUT_OF_MEMORY) from None
         except Exception as error:                      # whatever is bad in one image does not stop the others
             if network is None:                         # seconds of work: nothing is lost by fixing the file first
                 raise
@@ -1047,8 +1046,6 @@ def predict_folder(args):
         path = paths[name]
         try:
             image, labels = result()
-        except torch.OutOfMemoryError:
-            raise BadInput(OUT_OF_MEMORY) from None
         except Exception as error:                      # whatever is bad in one image does not stop the others
             report(error)
             failed.append(path.name)

@@ -233,7 +233,8 @@ def test_a_gpu_without_memory_is_no_fault_of_the_image(toy, checkpoint, tmp_path
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr(evaluate, "predict", full)
-    for flags in (("--data", toy), ("--images", toy / "JPEGImages", "--out", tmp_path)):
+    for flags in (("--data", toy), ("--images", toy / "JPEGImages", "--out", tmp_path),
+                  ("--data", toy, "--crf-search", 2, "--workers", 0)):
         status, _, error = run(*flags, "--checkpoint", checkpoint, "--device", "cpu")
         assert status == 2 and error.endswith("give smaller --scales, --amp bf16, or --device cpu\n"), error
 
