@@ -57,8 +57,9 @@ TABLES = {
         "no-sampling": (["--top-k", "1"], 59.7), "boxsup": ([], 62.0), "ss": (["--method", "ss"], 59.5),
         "gop": (["--method", "gop"], 60.4), "semi": (["--masks-list", "OUT/masks.txt"], 63.5),
         "masks": (["--supervision", "masks"], 63.8)}}
-# Table 5: Box2Seg's network, or ImageNet's, fine-tuned with a share of the masks. Every row takes as many steps as
-# `tune` epochs of all images; the rows that start from ImageNet also those that Box2Seg had before.
+# Table 5: Box2Seg's network, or ImageNet's, fine-tuned with a share of the masks. Every row takes about as many steps
+# as `tune` epochs of all images (an epoch leaves out what fills no batch); the rows that start from ImageNet also those
+# that Box2Seg had before.
 for share, paper in (("0.05", 78.7), ("0.1", 83.1), ("1", 86.4)):
     TABLES["box2seg"][f"tuned-{share}"] = (["--loss", "mask", "--init", "OUT/box2seg-SEED/last.pt", "--masks", share],
                                            paper)
