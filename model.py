@@ -1063,7 +1063,7 @@ def initialize(network, path, names):
     saved = load_checkpoint(path)
     kind, own = (arch.get("backbone", "vgg16") for arch in (saved["arch"], network.arch))
     if kind != own:
-        raise BadInput(f"{path}: its encoder is a {kind}, not a {own}: give --backbone {kind}")
+        raise BadInput(f"{path}: its encoder is {kind}, not {own}: give --backbone {kind}")
     last = () if saved["class_names"] == names else ("segmentation.3.", "attention.3.", "fc8.")
     report = load_matching(network, {key: value for key, value in saved["model"].items() if not key.startswith(last)})
     fresh = report["missing"] + report["reshaped"]

@@ -598,8 +598,8 @@ def test_a_value_error_of_ours_keeps_its_traceback(voc):
                            "--out", voc / "run"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "Traceback" in done.stderr and done.stderr.strip().endswith("ValueError: ours")
     (voc / "weights.pth").write_bytes(b"no weights")
-    status, error = process("train_box2seg.py", "--data", voc, "--weights", voc / "weights.pth", "--batch-size", 2,
-                            "--device", "cpu", "--out", voc / "run2")
+    status, error = process("train_box2seg.py", "--data", voc, "--weights", voc / "weights.pth", "--recipe", "small",
+                            "--batch-size", 2, "--device", "cpu", "--out", voc / "run2")
     assert status == 2 and "weights.pth: not a readable PyTorch file" in error
 
 

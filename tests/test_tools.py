@@ -1,5 +1,6 @@
 """The scripts of tests/ (ablation, candidate_quality, object_sizes, bench, first_picture), called as a user would."""
 import argparse
+import functools
 import json
 import re
 import shutil
@@ -21,7 +22,8 @@ from model import Box2SegNet
 from toy_voc import make_toy_voc
 
 HERE = Path(__file__).resolve().parent
-TINY = "--crop 32 --batch-size 4 --epochs 2 --scale 0.5 1 --workers 0 --device cpu --amp off --seed 0".split()
+TINY = ("--backbone efficientnet_lite0 --crop 32 --batch-size 4 --epochs 2 --scale 0.5 1 --workers 0 --device cpu "
+        "--amp off --seed 0").split()
 
 
 def call(script, *arguments, folder, status=0):
@@ -241,10 +243,12 @@ def test_what_the_choice_makes_of_candidates(folder):
          "runs/ablation-boxsup/boxsup-3/last.pt", folder=folder, status=2)      # of other classes
 
 
-def test_bench_writes_what_it_prints(folder):
-    printed = call("bench.py", "stages", "affinity", "--repeat", "1", "--json", "bench.json", folder=folder)
-    report = json.loads((folder / "bench.json").read_text())
-    assert report["failed"] == [] and report["command"].endswith("--json bench.json") and report["hardware"]["cores"]
+def test_bench_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "drawn", functools.partial(bench.drawn, height=192, width=256))
+    monkeypatch.setitem(bench.SIZES["small"], "affinity_sides", (8, 16, 32))
+    assert bench.main(["stages", "affinity", "--repeat", "1", "--json", str(tmp_path / "bench.json")]) == 0
+    printed, report = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
+    assert report["failed"] == [] and report["command"].endswith("bench.json") and report["hardware"]["cores"]
     names = [row["name"] for row in report["rows"]]
     assert names[0] == "stages contour_strength" and names[-1] == "affinity growth" and len(names) == 12
     for row in report["rows"]:
