@@ -68,10 +68,7 @@ from model import load_network, normalize, pick_device, predict, resized, to_pix
 def load_checkpoint(args):
     """--checkpoint -> (network in eval mode, class names); sets --scales, where it is not given, to what the network
     was validated at in its training (--val-scale: 1, but for --recipe photos 0.7)."""
-    try:
-        network, saved = load_network(args.checkpoint, args.device)
-    except BadModel as error:
-        raise BadInput(error) from None
+    network, saved = load_network(args.checkpoint, args.device)
     if args.scales is None:
         args.scales = [saved.get("args", {}).get("val_scale", 1.0)]
         if args.scales != [1.0]:
@@ -556,13 +553,20 @@ def trimap_picture(voc, name, runs, args):
 # ----------------------------------------------------------------------------------------------------------------------
 # the two jobs
 
-def report(error):
-    """What is bad in one image, which the others do not wait for; a GPU's memory is no fault of the image."""
+DATA = "JPEGImages Annotations SegmentationClass SegmentationClassAug BoxMasks GrabCutMasks class_names.txt".split()
+
+
+def report(error, name, failed, count):
+    """What is bad in one image, which the others do not wait for; its name joins the failed. A GPU's memory is no fault
+    of the image, and what all `count` have is none of the images."""
     if isinstance(error, torch.OutOfMemoryError):
         raise BadInput("the GPU's memory does not suffice: "
                        "give smaller --scales, --amp bf16, or --device cpu") from None
     kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
     tqdm.write(f"evaluate.py: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+    failed.append(name)
+    if len(failed) == count:
+        raise BadInput(f"none of the {count} images could be used, see above") if not kind else error
 
 
 def write_json(path, content):
@@ -575,10 +579,6 @@ def finish(failed):
     if failed:
         print(f"evaluate.py: {len(failed)} images were left out (see above): {' '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
-
-
-def identity(truth, prediction):
-    return truth, prediction
 
 
 def refine_labels(truth, image, probabilities, crf):
@@ -642,26 +642,26 @@ def evaluate(args):
     def add_probabilities(truth, image):                                                          # and (C, H, W)
         return truth, image, class_probabilities(network, image, args)
 
-    read, prepare, work = ((read_labels, identity, identity) if network is None else
-                           (read_image_and_truth, add_probabilities, functools.partial(refine_labels, crf=args.crf)))
-    workers = crf_workers(args)
+    if network is None:
+        predicted, results = read_labels, read_ahead(ids, read_labels)
+    else:
+        work = functools.partial(try_crfs, grid=crf_grid(args)) if args.crf_search else functools.partial(
+            refine_labels, crf=args.crf)
+        predicted = lambda name: work(*add_probabilities(*read_image_and_truth(name)))
+        results = in_order(ids, read_image_and_truth, add_probabilities, work, crf_workers(args))
     if args.crf_search:
-        results = in_order(ids, read, prepare, functools.partial(try_crfs, grid=crf_grid(args)), workers)
         return crf_search(results, len(ids), args)
 
     confusion = torch.zeros(len(names), len(names), dtype=torch.int64, device="cpu")   # rows the truth
     bands = {w: torch.zeros_like(confusion) for w in args.trimap}                   # the same inside each band
     per_image, failed = {}, []                                                      # mIoU of each; ids
-    results = in_order(ids, read, prepare, work, workers)
     for name, result in tqdm(results, "evaluate", len(ids), unit="img", disable=None):
         try:
             truth, prediction = result()                                            # (H, W) uint8 each
         except Exception as error:                      # whatever is bad in one image does not stop the others
             if network is None:                         # seconds of work: nothing is lost by fixing the file first
                 raise
-            report(error)
-            failed.append(name)
-            fault = error
+            report(error, name, failed, len(ids))
             continue
         scored = np.where(prediction == 255, 255, truth)    # 255 in one of two label folders leaves a pixel out as well
         one = confusion_matrix(*(torch.from_numpy(labels).to(args.device) for labels in (prediction, scored)),
@@ -674,9 +674,6 @@ def evaluate(args):
             band += confusion_matrix(torch.from_numpy(prediction[near]), torch.from_numpy(scored[near]), len(names))
         if args.save_png:
             write_label(args.save_png / f"{name}.png", prediction)
-    if not per_image:
-        raise fault if not isinstance(fault, BadInput) else BadInput(f"none of the {len(ids)} images could be scored, "
-                                                                     "see above")
     if confusion.sum() == 0:
         raise BadInput(f"no pixel with a truth in the {len(ids)} images from {ids[0]} to {ids[-1]}: nothing to score")
 
@@ -689,10 +686,59 @@ def evaluate(args):
     print(text.replace("pixel accuracy", "pixel agreement") if args.against else text)
     if bands:
         print("\n" + trimap_table(result["trimap"]))
-    save_pictures(voc, per_image, lambda name: work(*prepare(*read(name))), network, names, args)
+    save_pictures(voc, per_image, predicted, network, names, args)
     if args.trimap_plot:
         runs = {own: result["trimap"], **others}
         save_picture(args.trimap_plot, trimap_picture(voc, next(iter(per_image)), runs, args))
+    return finish(failed)
+
+
+def predict_folder(args):
+    """A folder of plain images without truth: label PNGs in --out, images under their labels in --out/overlay; all
+    are made anew, since those that are there may be another network's."""
+    if not args.images.is_dir():
+        raise BadInput(f"no folder {args.images}: --images wants a folder of images")
+    suffixes = *ENDINGS, ".gif", ".ppm"
+    network, names = load_checkpoint(args)
+    args.crf = crf_options(network, args)
+    if args.list:                                       # e.g. VOC's test images, all of which lie in JPEGImages
+        paths = {name: find_image(args.images, name) for name in read_list(args.list)}
+        require(list(paths.values()), "image")
+    else:
+        there = sorted(args.images.iterdir())
+        wanted = [path for path in there if path.suffix.lower() in suffixes and not path.name.startswith("._")]
+        others = [path.name for path in there if path.suffix.lower() not in suffixes and path.name[0] != "."]
+        paths = {path.stem: path for path in wanted}
+        if wanted and others:
+            print(f"{len(others)} not read in {args.images}: {', '.join(others[:3])}{', ...' * (len(others) > 3)} "
+                  "(folders, or other endings)")
+        for path in wanted:
+            if paths[path.stem] != path:
+                raise BadInput(f"{path}: {paths[path.stem].name} would get the same label {path.stem}.png: rename one")
+    if not paths:
+        raise BadInput(f"no images in {args.images}: expected {' '.join(suffixes)}")
+    data = args.out.parent if (args.out.parent / "JPEGImages").is_dir() else args.out
+    keep_apart([args.out, args.out / "overlay"], [args.images, *(data / kind for kind in DATA)])
+
+    def read(name):
+        return (read_image(paths[name]),) * 2                                       # one of them comes back with labels
+
+    def add_probabilities(image, same):                                             # (H, W, 3) uint8, and (C, H, W)
+        return image, same, class_probabilities(network, image, args)
+
+    failed, work = [], functools.partial(refine_labels, crf=args.crf)
+    results = in_order(list(paths), read, add_probabilities, work, crf_workers(args))
+    for name, result in tqdm(results, "predict", len(paths), unit="img", disable=None):
+        path = paths[name]
+        try:
+            image, labels = result()
+        except Exception as error:                      # whatever is bad in one image does not stop the others
+            report(error, path.name, failed, len(paths))
+            continue
+        write_label(args.out / f"{name}.png", labels)
+        panels = side_by_side({path.name: image, "prediction": overlay(image, labels)})
+        save_picture(args.out / "overlay" / f"{name}.jpg", with_legend(panels, classes_in(labels), names))
+    print(f"{len(paths) - len(failed)} label PNGs in {args.out}, to look at: {args.out / 'overlay'}")
     return finish(failed)
 
 
@@ -986,10 +1032,7 @@ def crf_search(results, count, args):
         try:
             total = total + result()                                                # (S, C, C)
         except Exception as error:                      # whatever is bad in one image does not stop the others
-            report(error)
-            failed.append(name)
-    if len(failed) == count:
-        raise BadInput(f"none of the {count} images could be scored, see above")
+            report(error, name, failed, count)
     scored = sorted(((iou(confusion).nanmean().item(), crf) for confusion, crf in zip(total, grid)),
                     key=lambda pair: -pair[0])
     print(f"mIoU (%) of {len(grid)} parameter sets on {count - len(failed)} images\n\n   mIoU      w     xy    rgb")
@@ -1004,63 +1047,6 @@ def crf_search(results, count, args):
     return finish(failed)
 
 
-SUFFIXES = *ENDINGS, ".gif", ".ppm"
-DATA = "JPEGImages Annotations SegmentationClass SegmentationClassAug BoxMasks GrabCutMasks class_names.txt".split()
-
-
-def predict_folder(args):
-    """A folder of plain images without truth: label PNGs in --out, images under their labels in --out/overlay; all
-    are made anew, since those that are there may be another network's."""
-    if not args.images.is_dir():
-        raise BadInput(f"no folder {args.images}: --images wants a folder of images")
-    network, names = load_checkpoint(args)
-    args.crf = crf_options(network, args)
-    if args.list:                                       # e.g. VOC's test images, all of which lie in JPEGImages
-        paths = {name: find_image(args.images, name) for name in read_list(args.list)}
-        require(list(paths.values()), "image")
-    else:
-        there = sorted(args.images.iterdir())
-        wanted = [path for path in there if path.suffix.lower() in SUFFIXES and not path.name.startswith("._")]
-        others = [path.name for path in there if path.suffix.lower() not in SUFFIXES and path.name[0] != "."]
-        paths = {path.stem: path for path in wanted}
-        if wanted and others:
-            print(f"{len(others)} not read in {args.images}: {', '.join(others[:3])}{', ...' * (len(others) > 3)} "
-                  "(folders, or other endings)")
-        for path in wanted:
-            if paths[path.stem] != path:
-                raise BadInput(f"{path}: {paths[path.stem].name} would get the same label {path.stem}.png: rename one")
-    if not paths:
-        raise BadInput(f"no images in {args.images}: expected {' '.join(SUFFIXES)}")
-    data = args.out.parent if (args.out.parent / "JPEGImages").is_dir() else args.out
-    keep_apart([args.out, args.out / "overlay"], [args.images, *(data / kind for kind in DATA)])
-
-    def read(name):
-        return (read_image(paths[name]),) * 2                                       # one of them comes back with labels
-
-    def add_probabilities(image, same):                                             # (H, W, 3) uint8, and (C, H, W)
-        return image, same, class_probabilities(network, image, args)
-
-    failed, work = [], functools.partial(refine_labels, crf=args.crf)
-    results = in_order(list(paths), read, add_probabilities, work, crf_workers(args))
-    for name, result in tqdm(results, "predict", len(paths), unit="img", disable=None):
-        path = paths[name]
-        try:
-            image, labels = result()
-        except Exception as error:                      # whatever is bad in one image does not stop the others
-            report(error)
-            failed.append(path.name)
-            if len(failed) == len(paths):
-                if isinstance(error, BadInput):
-                    raise BadInput(f"none of the {len(paths)} images could be labelled, see above") from None
-                raise                                   # a fault of all is no fault of the images
-            continue
-        write_label(args.out / f"{name}.png", labels)
-        panels = side_by_side({path.name: image, "prediction": overlay(image, labels)})
-        save_picture(args.out / "overlay" / f"{name}.jpg", with_legend(panels, classes_in(labels), names))
-    print(f"{len(paths) - len(failed)} label PNGs in {args.out}, to look at: {args.out / 'overlay'}")
-    return finish(failed)
-
-
 def main(argv):
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0].strip(),
@@ -1072,8 +1058,9 @@ def main(argv):
     what.add_argument("--labels", type=Path, metavar="DIR", help="score the label PNGs <id>.png in this folder")
     add("--against", type=Path, metavar="DIR", help="compare --labels with the label PNGs of this folder, which takes "
         "the truth's place: all that both have, unless --split or --list says which; 255 in either is left out")
-    add("--split", help="list in ImageSets/Segmentation to score (paper: val, the default)")
-    add("--list", type=Path, metavar="FILE", help="score these ids instead, one a line")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--split", help="list in ImageSets/Segmentation to score (paper: val, the default)")
+    which.add_argument("--list", type=Path, metavar="FILE", help="score these ids instead, one a line")
     add("--scales", type=float, nargs="+", metavar="S", help="mean of the predictions at these scales of the image; "
         "figures use the first (ours: --val-scale of the training, 1 unless with --recipe photos; paper, for "
         "BoxSup+, Sect. 5.1: 0.8 1.0 1.2)")
@@ -1136,8 +1123,6 @@ def main(argv):
     if args.images and (args.split or args.json or args.save_png or figures or args.trimap is not None
                         or args.trimap_plot):
         parser.error("--images has no truth: of the outputs only --out goes with it, and of the lists --list")
-    if args.split and args.list:
-        parser.error("--split and --list both say which images: leave one out")
     if not (args.crf or args.crf_search) and (any((args.crf_w, args.crf_xy, args.crf_rgb))
                                               or (args.crf_iterations, args.crf_backend) != (ITERATIONS, "torch")):
         parser.error("--crf-w, --crf-xy, --crf-rgb, --crf-iterations and --crf-backend go with --crf")
@@ -1176,13 +1161,10 @@ def main(argv):
     if args.json and (args.json.is_dir() or args.json.parent.is_file()):
         parser.error(f"--json {args.json}: expected the name of a file")
     try:
-        try:
-            args.device = pick_device(args.device)
-        except BadModel as error:
-            raise BadInput(error) from None
+        args.device = pick_device(args.device)
         torch.backends.cudnn.allow_tf32 = False         # on recent GPUs PyTorch rounds convolutions to it otherwise
         return predict_folder(args) if args.images else evaluate(args)
-    except BadInput as error:
+    except (BadInput, BadModel) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
 

@@ -22,8 +22,9 @@ box_mask() and grabcut(), at the top, are the concept; the rest runs them over l
 reads VOC's files, and brings boxes of one's own into VOC's form.
 
 With --coco or --yolo it first writes what it otherwise reads, and import.json, which says what it was made from.
-What exists is kept: a second run makes only what is missing, so a run may be interrupted at any time. Delete a folder
-to make it anew. Expect about 0.12 s a box on one core; no truth is read, so evaluate.py --labels shows how good M is.
+What exists is kept, unless its boxes were corrected since: a second run makes only what is missing, so a run may be
+interrupted at any time. Delete a folder to make it anew. Expect about 0.12 s a box on one core; no truth is read, so
+evaluate.py --labels shows how good M is.
 """
 import argparse
 import contextlib
@@ -420,7 +421,6 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
         pool.shutdown(cancel_futures=True)
         cv2.setNumThreads(threads_before)
     summary["notes"] = say_notes(summary["notes"])
-    summary["classes"], summary["fallbacks"] = dict(summary["classes"]), dict(summary["fallbacks"])
     summary["failures"].sort()
     return summary
 
@@ -1311,7 +1311,7 @@ def fit_boxes(path, stated, boxes):
         return all(x1 - size[0] <= 1 and y1 - size[1] <= 1 for _, _, _, x1, y1 in boxes)
 
     height, width = read_image(path).shape[:2]
-    notes, fitted, turn, stored = Counter(), [], 1, (width, height)
+    notes, fitted = Counter(), []
     with Image.open(path) as file:
         turn, stored = orientation(file.info.get("exif", b"")) or 1, file.size
     if not all(says is None or isinstance(says, (int, float)) for says in stated[:2]):
@@ -1463,8 +1463,8 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
     ids, fitted, lists, turned = name_images(found, notes, failed), {}, {}, []
     pool = ThreadPoolExecutor(workers or os.cpu_count())
     try:
-        jobs = a_few_ahead(ids, lambda i: pool.submit(fit_boxes, folder / ids[i][0], *ids[i][2:]), 64)
-        for image_id, job in tqdm(jobs, "images", len(ids), unit="image", disable=None):
+        jobs = {i: pool.submit(fit_boxes, folder / path, *rest) for i, (path, _, *rest) in ids.items()}
+        for image_id, job in tqdm(jobs.items(), "images", unit="image", disable=None):
             try:
                 size, boxes, noted = job.result()
             except BadInput as error:  # one bad image does not stop the others
@@ -1477,7 +1477,6 @@ def import_boxes(data, images, coco=None, yolo=None, names_file=None, crowds=Fal
                 fitted[image_id] = size, boxes
     finally:
         pool.shutdown(cancel_futures=True)
-    fitted = {image_id: fitted[image_id] for image_id in ids if image_id in fitted}  # in order again
     for image_id in fitted:  # ids {id: (image, split, stated size, boxes)}; fitted {id: (size, boxes)}
         lists.setdefault(ids[image_id][1] or "train", []).append(image_id)
     alone = "".join(lists) if len(lists) == 1 and "train" not in lists else ""
@@ -1534,13 +1533,15 @@ def parse_arguments():
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     add = parser.add_argument
     add("--data", default="VOCdevkit", help="the VOCdevkit, or the VOC2012 folder in it (default: VOCdevkit)")
-    add("--split", help="a list in ImageSets/Segmentation (default: trainaug where it exists (paper), otherwise train)")
-    add("--list", metavar="FILE", help="image ids, one a line, instead of --split")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--split", help="a list in ImageSets/Segmentation (default: trainaug where it exists (paper), "
+                       "otherwise train)")
+    which.add_argument("--list", metavar="FILE", help="image ids, one a line, instead of --split")
     add("--shard", metavar="I/N", default="1/1", help="only the I-th of N equal parts of the list, to share it among "
         "machines that see one disk (default: 1/1)")
     add("--out", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ go (default: beside SegmentationClass)")
-    add("--workers", type=int, metavar="N", help="images cut at a time, each on one core (default: as many as cores); "
-        "each takes about 0.2 GB a million pixels of its largest box")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="images cut at a time, each on one core "
+        "(default here: %(default)s); each takes about 0.2 GB a million pixels of its largest box")
     add("--fill-rates", metavar="NAME", help="also write the filling rates (Eq. 7) of images and classes to NAME.json, "
         "and a figure like Fig. 2 to NAME.png")
     cut = parser.add_argument_group("GrabCut (one run per box: paper)")
@@ -1566,9 +1567,10 @@ def parse_arguments():
                         "(default: 0.5, ours)")
     source.add_argument("--device", default="cpu", help="of the detector; GrabCut runs on the CPU (default: cpu)")
     own = parser.add_argument_group("boxes of one's own, laid out in VOC's form in --data")
-    own.add_argument("--coco", nargs="+", metavar="PATH", help="COCO's JSON files, or the folder of an export that has "
-                     "them (CVAT, Label Studio, Roboflow, labelme)")
-    own.add_argument("--yolo", metavar="DIR", help="YOLO's label files: boxes, outlines or rotated boxes")
+    form = own.add_mutually_exclusive_group()
+    form.add_argument("--coco", nargs="+", metavar="PATH", help="COCO's JSON files, or the folder of an export that "
+                      "has them (CVAT, Label Studio, Roboflow, labelme)")
+    form.add_argument("--yolo", metavar="DIR", help="YOLO's label files: boxes, outlines or rotated boxes")
     own.add_argument("--images", metavar="DIR", help="the images, in sub-folders or not; they are linked or copied")
     own.add_argument("--class-names", metavar="FILE", help="with --yolo data.yaml, obj.names or classes.txt (default: "
                      "the one there or above it); with --coco the classes to take, one a line (default: all)")
@@ -1582,11 +1584,9 @@ def parse_arguments():
     arguments = parser.parse_args()
     if (arguments.image is None) != (arguments.box is None):
         parser.error("--image and --box go together")
-    if arguments.split and arguments.list:
-        parser.error("--split or --list, not both")
-    own_boxes = bool(arguments.coco) + bool(arguments.yolo)
-    if own_boxes > 1 or own_boxes != bool(arguments.images) or arguments.class_names and not own_boxes:
-        parser.error("--images DIR goes with --coco or --yolo, one of them, and --class-names with both")
+    own_boxes = bool(arguments.coco or arguments.yolo)
+    if own_boxes != bool(arguments.images) or arguments.class_names and not own_boxes:
+        parser.error("--images DIR goes with --coco or --yolo, and --class-names with both")
     changed = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
     for here, idle, why in (
             (arguments.boxes == "annotation", {"detector", "detector_weights", "score_threshold", "device"},
@@ -1603,7 +1603,7 @@ def parse_arguments():
         arguments.show = 12 * own_boxes
     if arguments.show < 0:
         parser.error("--show of at least 0 expected")
-    if min(arguments.iterations, 1 if arguments.workers is None else arguments.workers, arguments.working_size - 7) < 1:
+    if min(arguments.iterations, arguments.workers) < 1 or arguments.working_size < 8:
         parser.error("--iterations and --workers of at least 1, --working-size of at least 8 expected")
     if not (0 < arguments.margin < 100 and 0 <= arguments.min_fill <= 1 and 0 <= arguments.score_threshold <= 1):
         parser.error("--margin above 0, --min-fill and --score-threshold from 0 to 1 expected")

@@ -57,11 +57,10 @@ from tqdm import tqdm
 
 # ---- Multiscale Combinatorial Grouping
 # Arbelaez, Pont-Tuset, Barron, Marques, Malik, "Multiscale Combinatorial Grouping", CVPR 2014: contours at several
-# scales, a tree of regions from each, and small groups of neighbouring regions from each tree. Its two learned parts
-# are not shipped, since both were trained on masks: its contours come from a structured forest, its ranking from a
-# random forest. Here contours are distances of local histograms, as in gPb (Arbelaez et al., PAMI 2011), and the
-# ranking is the place in the tree, from its root down. The constants are ours, chosen on some 50 images of VOC's
-# train by the measures of tests/candidate_quality.py, where most of them make little difference.
+# scales, a tree of regions from each, and small groups of neighbouring regions from each tree. In place of its two
+# learned parts contours are distances of local histograms, as in gPb (Arbelaez et al., PAMI 2011), and the ranking is
+# the place in the tree, from its root down. The constants are ours, chosen on some 50 images of VOC's train by the
+# measures of tests/candidate_quality.py, where most of them make little difference.
 SCALES = 1, 2, 4                              # contours are computed on the image and on reductions by 2 and 4
 SHORTEST_SIDE = 64                            # pixels; a reduction that leaves less is not used: contours would wander
 WORKING_AREA = 250_000                        # pixels; a larger image is reduced to this (VOC's never are)
@@ -75,6 +74,11 @@ AREA_POWER = 0.1                              # small regions are merged first, 
 MAX_REGIONS_FOR_GROUPS = 300, 80, 25          # pairs, triplets, 4-tuples are noted when so few regions are left
 LONGEST = 1100                                # at most, of each list (a tree's groups of one size)
 JACCARD = 0.95                                # above: near duplicates
+
+
+def to_lab(image):
+    """(H, W, 3) uint8 RGB -> float32 L in 0..100, a, b in about -100..100."""
+    return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
 
 
 def soft_bins(values, width, count, middle=0.0):
@@ -391,15 +395,9 @@ def mcg(image, max_candidates=3500):
     border = np.unique(np.concatenate([superpixels[0], superpixels[-1], superpixels[:, 0], superpixels[:, -1]]))
     members = fill_holes(members, arcs["pairs"], border)
     return superpixels, members[~near_duplicates(members, areas)][:max_candidates]
-# ---- end of Multiscale Combinatorial Grouping
 
 
 # ---------------------------------------------------------------- superpixels and their graph, for the two below
-def to_lab(image):
-    """(H, W, 3) uint8 RGB -> float32 L in 0..100, a, b in about -100..100."""
-    return cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
-
-
 def derivatives(channels):
     """(H, W, C) float32 -> its derivatives in x and in y, per pixel, of Gaussians with sigma 1."""
     smooth = cv2.GaussianBlur(channels, (0, 0), 1)
@@ -439,16 +437,9 @@ def watershed(image, spacing):
 
 def neighbours(superpixels, strength):
     """-> pairs (A, 2) of neighbouring ids, first < second, and strength (H, W) averaged along their borders: (A,)."""
-    count = int(superpixels.max()) + 1
-    keys, values = [], []
-    for here, there in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):        # right and lower neighbours
-        p, q = superpixels[here].astype(np.int64), superpixels[there].astype(np.int64)
-        border = p != q
-        keys.append(np.minimum(p, q)[border] * count + np.maximum(p, q)[border])
-        values.append(np.maximum(strength[here], strength[there])[border])
-    keys, pair = np.unique(np.concatenate(keys), return_inverse=True)
-    sums = np.bincount(pair, np.concatenate(values), len(keys))
-    return np.stack([keys // count, keys % count], 1), sums / np.bincount(pair, minlength=len(keys))
+    arcs, strength = border_arcs(superpixels), strength.ravel()
+    edges = np.maximum(strength[arcs["first"]], strength[arcs["second"]])                         # (E,)
+    return arcs["pairs"], np.bincount(arcs["arc"], edges, len(arcs["length"])) / arcs["length"]
 
 
 def superpixel_graph(image, superpixels):
@@ -586,9 +577,7 @@ def selective_search(image, max_candidates=3500, spacing=10, scales=(0.01, 0.02)
             colour, texture = (histogram / histogram.sum(1, keepdims=True) for histogram in (colour, texture))
             for used in ([colour, texture], [texture], [colour], [colour[:, :0]]):                # and size and fill
                 merges = hierarchy(borders, np.concatenate(used, 1), start @ sizes, start_boxes)
-                regions = np.concatenate([start, np.zeros((len(merges), len(sizes)), bool)])
-                for new, (i, j) in enumerate(merges, len(start)):
-                    regions[new] = regions[i] | regions[j]
+                regions = tree_nodes(merges, start, lambda two: two[0] | two[1])
                 found.append(regions)
                 ranks.append(np.arange(len(regions), 0, -1) * random.random(len(regions)))        # the last merge is 1
     best = np.argsort(np.concatenate(ranks), kind="stable")
@@ -1549,14 +1538,17 @@ def parse_arguments():
     parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     add = parser.add_argument
     add("--data", default="VOCdevkit", help="the VOCdevkit, or the VOC2012 folder in it (default: VOCdevkit)")
-    add("--split", help="a list in ImageSets/Segmentation (default: trainaug where it exists (paper), otherwise train)")
-    add("--list", metavar="FILE", help="image ids, one a line, instead of --split")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--split", help="a list in ImageSets/Segmentation (default: trainaug where it exists (paper), "
+                       "otherwise train)")
+    which.add_argument("--list", metavar="FILE", help="image ids, one a line, instead of --split")
     add("--shard", metavar="I/N", default="1/1", help="only the I-th of N equal parts of the list, to share it among "
         "machines that see one disk (default: 1/1)")
     add("--out", metavar="DIR", help="where the NPZ files (or PNGs) go (default: Candidates-METHOD beside "
         "SegmentationClass)")
-    add("--workers", type=int, metavar="N", help="images at a time, each on one core (default: as many as cores); "
-        "Selective Search takes about 0.5 GB a million pixels, --masks 0.06 GB a million pixels of an outline's box")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="images at a time, each on one core (default "
+        "here: %(default)s); Selective Search takes about 0.5 GB a million pixels, --masks 0.06 GB a million pixels of "
+        "an outline's box")
     add("--method", choices=tuple(METHODS), default="mcg", help="Multiscale Combinatorial Grouping (default, paper), "
         "Selective Search or Geodesic Object Proposals (paper: Table 3)")
     add("--max-candidates", type=int, metavar="N", help="keep at most N candidates an image, the best ranked (default: "
@@ -1575,8 +1567,6 @@ def parse_arguments():
     arguments = parser.parse_args()
     if arguments.box and not arguments.image:
         parser.error("--box goes with --image")
-    if arguments.split and arguments.list:
-        parser.error("--split or --list, not both")
     if arguments.coco and not (arguments.images and arguments.out):
         parser.error("--coco needs --images DIR and --out DIR")
     if arguments.coco and (arguments.split or arguments.list or arguments.data != parser.get_default("data")):
@@ -1588,8 +1578,7 @@ def parse_arguments():
         parser.error("--split, --list, --shard, --workers and --coco: not with --image, which is one image")
     if (arguments.images or arguments.class_names or arguments.masks) and not arguments.coco:
         parser.error("--images, --masks and --class-names go with --coco")
-    if min(1 if arguments.max_candidates is None else arguments.max_candidates,
-           1 if arguments.workers is None else arguments.workers) < 1:
+    if arguments.workers < 1 or arguments.max_candidates is not None and arguments.max_candidates < 1:
         parser.error("--max-candidates and --workers of at least 1 expected")
     return arguments
 

@@ -28,7 +28,6 @@ The paper's algorithm (Fig. 1, Sect. 4.3) is **train()** below, in turn over the
 labels and what the rows of the tables set; what any training needs is in the last section of model.py.
 """
 import argparse
-import os
 import sys
 import time
 import zlib
@@ -41,6 +40,7 @@ import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from tqdm import tqdm
 
 import losses
@@ -48,7 +48,7 @@ import mcg_candidates
 from mcg_candidates import BadInput as BadFile
 from mcg_candidates import (check_classes, class_names, find_image, find_voc, larger_first, read_boxes, read_candidates,
                             read_image, read_label, read_list, read_source, require_a_box, require_a_class,
-                            voc_palette, write_label)
+                            voc_palette, write_label, writing)
 from model import (BACKBONES, BadInput, Box2SegNet, DeepLabVGG16, Interrupted, Progress, add_common_arguments, barrier,
                    catch_interrupts, check_arguments, check_images, download_voc, evaluating, finish, full_size_logits,
                    in_parallel, make_optimizer, mixed_precision, normalize, parse, pick_device, place_network,
@@ -338,7 +338,6 @@ def show_masks(images, first, out, epoch, count):
     height, rows = 160, []
     colours = np.minimum(voc_palette() * 1.1 + 40, 255)
     chosen = range(first, len(images.ids), max(1, (len(images.ids) - first) // count))[:count]
-    (out / "epochs").mkdir(exist_ok=True)
     for index in chosen:
         image_file, label_file, _ = images.files(index)
         image = read_image(image_file)
@@ -361,9 +360,8 @@ def show_masks(images, first, out, epoch, count):
     width = max(row.shape[1] for row in rows)
     rows = [cv2.copyMakeBorder(row, 0, 0, 0, width - row.shape[1], cv2.BORDER_CONSTANT, value=(255, 255, 255))
             for row in rows]
-    png = cv2.imencode(".png", np.vstack(rows)[..., ::-1])[1]
-    (out / "masks.png.tmp").write_bytes(png.tobytes())
-    os.replace(out / "masks.png.tmp", out / "masks.png")
+    with writing(out / "masks.png") as temporary:
+        Image.fromarray(np.vstack(rows)).save(temporary, "PNG")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -660,8 +658,6 @@ def make_labels(images, names, list_file, args, out, saved):
             if summary["failures"]:
                 raise BadInput(f"{len(summary['failures'])} images got no candidates ({summary['failures'][0]}): fix "
                                f"them or take them off {list_file}")
-        for folder in {labels for _, _, labels in images.sources if labels and labels.parent == out}:
-            folder.mkdir(parents=True, exist_ok=True)
         if args.supervision == "rectangles":
             write_rectangles(images, indices, names, keep=bool(saved))
     barrier()

@@ -807,7 +807,7 @@ def test_plain_pictures_none_of_which_can_be_read(checkpoint, tmp_path):
         (tmp_path / name).write_bytes(b"no image")
     status, _, error = run("--checkpoint", checkpoint, "--images", tmp_path, "--out", tmp_path / "out", "--device",
                            "cpu")
-    assert status == 2 and error.endswith("none of the 2 images could be labelled, see above\n")
+    assert status == 2 and error.endswith("none of the 2 images could be used, see above\n")
 
 
 def test_plain_pictures_with_crfs_in_processes(toy, checkpoint, tmp_path):
@@ -947,4 +947,4 @@ def test_crf_and_bad_input(toy, checkpoint, copy, tmp_path):
         path.write_bytes(b"no image")
     status, out, error = run("--data", copy, "--checkpoint", checkpoint, "--device", "cpu", "--crf-search", "--workers",
                              0)
-    assert status == 2 and "none of the 2 images could be scored" in error
+    assert status == 2 and "none of the 2 images could be used" in error

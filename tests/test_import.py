@@ -781,7 +781,7 @@ def test_classes_that_are_asked_for(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, wrong", [
     (("--coco", "x.json"), "--images DIR goes with"), (("--images", "i"), "--images DIR goes with"),
-    (("--coco", "x.json", "--yolo", "l", "--images", "i"), "one of them"),
+    (("--coco", "x.json", "--yolo", "l", "--images", "i"), "not allowed with argument --coco"),
     (("--class-names", "n"), "--class-names with"),
     (("--coco", "x.json", "--images", "nowhere"), "no folder --images nowhere"),
     (("--coco", "nowhere.json", "--images", "i"), "nowhere.json: cannot be read (No such file"),
