@@ -553,6 +553,7 @@ def trimap_picture(voc, name, runs, args):
 # ----------------------------------------------------------------------------------------------------------------------
 # the two jobs
 
+# what there is in a VOC2012 folder, and nothing may be written over
 DATA = "JPEGImages Annotations SegmentationClass SegmentationClassAug BoxMasks GrabCutMasks class_names.txt".split()
 
 
