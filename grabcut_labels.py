@@ -1540,8 +1540,8 @@ def parse_arguments():
     add("--shard", metavar="I/N", default="1/1", help="only the I-th of N equal parts of the list, to share it among "
         "machines that see one disk (default: 1/1)")
     add("--out", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ go (default: beside SegmentationClass)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="images cut at a time, each on one core "
-        "(default here: %(default)s); each takes about 0.2 GB a million pixels of its largest box")
+    add("--workers", type=int, metavar="N", help="images cut at a time, each on one core (default: as many as cores); "
+        "each takes about 0.2 GB a million pixels of its largest box")
     add("--fill-rates", metavar="NAME", help="also write the filling rates (Eq. 7) of images and classes to NAME.json, "
         "and a figure like Fig. 2 to NAME.png")
     cut = parser.add_argument_group("GrabCut (one run per box: paper)")
@@ -1603,7 +1603,7 @@ def parse_arguments():
         arguments.show = 12 * own_boxes
     if arguments.show < 0:
         parser.error("--show of at least 0 expected")
-    if min(arguments.iterations, arguments.workers) < 1 or arguments.working_size < 8:
+    if min(arguments.iterations, 1 if arguments.workers is None else arguments.workers, arguments.working_size - 7) < 1:
         parser.error("--iterations and --workers of at least 1, --working-size of at least 8 expected")
     if not (0 < arguments.margin < 100 and 0 <= arguments.min_fill <= 1 and 0 <= arguments.score_threshold <= 1):
         parser.error("--margin above 0, --min-fill and --score-threshold from 0 to 1 expected")

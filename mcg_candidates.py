@@ -1546,9 +1546,8 @@ def parse_arguments():
         "machines that see one disk (default: 1/1)")
     add("--out", metavar="DIR", help="where the NPZ files (or PNGs) go (default: Candidates-METHOD beside "
         "SegmentationClass)")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="images at a time, each on one core (default "
-        "here: %(default)s); Selective Search takes about 0.5 GB a million pixels, --masks 0.06 GB a million pixels of "
-        "an outline's box")
+    add("--workers", type=int, metavar="N", help="images at a time, each on one core (default: as many as cores); "
+        "Selective Search takes about 0.5 GB a million pixels, --masks 0.06 GB a million pixels of an outline's box")
     add("--method", choices=tuple(METHODS), default="mcg", help="Multiscale Combinatorial Grouping (default, paper), "
         "Selective Search or Geodesic Object Proposals (paper: Table 3)")
     add("--max-candidates", type=int, metavar="N", help="keep at most N candidates an image, the best ranked (default: "
@@ -1578,7 +1577,8 @@ def parse_arguments():
         parser.error("--split, --list, --shard, --workers and --coco: not with --image, which is one image")
     if (arguments.images or arguments.class_names or arguments.masks) and not arguments.coco:
         parser.error("--images, --masks and --class-names go with --coco")
-    if arguments.workers < 1 or arguments.max_candidates is not None and arguments.max_candidates < 1:
+    if min(1 if arguments.max_candidates is None else arguments.max_candidates,
+           1 if arguments.workers is None else arguments.workers) < 1:
         parser.error("--max-candidates and --workers of at least 1 expected")
     return arguments
 

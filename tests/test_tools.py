@@ -246,9 +246,10 @@ def test_what_the_choice_makes_of_candidates(folder):
 def test_bench_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "drawn", functools.partial(bench.drawn, height=192, width=256))
     monkeypatch.setitem(bench.SIZES["small"], "affinity_sides", (8, 16, 32))
-    assert bench.main(["stages", "affinity", "--repeat", "1", "--json", str(tmp_path / "bench.json")]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(["stages", "affinity", "--repeat", "1", "--json", "bench.json"]) == 0
     printed, report = capsys.readouterr().out, json.loads((tmp_path / "bench.json").read_text())
-    assert report["failed"] == [] and report["command"].endswith("bench.json") and report["hardware"]["cores"]
+    assert report["failed"] == [] and report["command"].endswith("--json bench.json") and report["hardware"]["cores"]
     names = [row["name"] for row in report["rows"]]
     assert names[0] == "stages contour_strength" and names[-1] == "affinity growth" and len(names) == 12
     for row in report["rows"]:

@@ -762,7 +762,8 @@ def test_init_from_another_class_count_starts_the_heads_fresh_and_says_so(toy, t
     assert train(other, tmp_path / "out", "--init", whole_run / "best.pt", "--loss", "grabcut", "--epochs", 1) == 0
     said = capsys.readouterr().out
     assert "fresh: segmentation.3.weight, segmentation.3.bias\n" in said and "7 classes" in said
-    with pytest.raises(train_box2seg.BadInput, match="encoder is efficientnet_lite0, not resnet50: give --backbone ef"):
+    with pytest.raises(train_box2seg.BadInput,
+                       match="is efficientnet_lite0, not resnet50: give --backbone efficientnet_lite0"):
         train(other, tmp_path / "else", "--init", whole_run / "best.pt", "--loss", "grabcut", "--backbone", "resnet50")
 
 
