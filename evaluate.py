@@ -118,12 +118,15 @@ def crf_workers(args):
     return args.workers if args.crf and args.device.type == "cpu" else 0
 
 
+# ==== shared block "a worker process": equal to the byte in evaluate.py and mcg_candidates.py
 def one_core():
     """Start of a worker process: one thread, deaf to Ctrl-C (the first process hears it), and never left behind."""
+    cv2.setNumThreads(1)
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     first = multiprocessing.parent_process()
     threading.Thread(target=lambda: (first.join(), os._exit(1)), daemon=True).start()
+# ==== end of shared block
 
 
 def read_ahead(ids, read):

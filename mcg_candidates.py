@@ -1313,6 +1313,7 @@ def draw_one(target, images, name, annotation, *_):
     return 0, len(classes), ["an outline that paints no pixel"] * bool(unpainted)
 
 
+# ==== shared block "a worker process": equal to the byte in evaluate.py and mcg_candidates.py
 def one_core():
     """Start of a worker process: one thread, deaf to Ctrl-C (the first process hears it), and never left behind."""
     cv2.setNumThreads(1)
@@ -1320,6 +1321,7 @@ def one_core():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     first = multiprocessing.parent_process()
     threading.Thread(target=lambda: (first.join(), os._exit(1)), daemon=True).start()
+# ==== end of shared block
 
 
 # ==== shared block "a folder of one make": equal to the byte in grabcut_labels.py and mcg_candidates.py
