@@ -91,7 +91,7 @@ def foreground_loss(logits, alpha, box_labels):
     # own box area, "to give similar weighting to each class" as its text says, sum over classes, mean over images.
     # (Measured on photographs of 21 classes, lambda_AW 0.3: Box2Seg's gain does not need learned attention. Alpha = M
     # gains as much, alpha = 1 nearly as much, and so does one divisor for all classes; what gains is that objects'
-    # pixels count more. With twice the epochs 0.7 points of it remain, with noisier M 3.0; there, too, alpha spread
+    # pixels count more. With twice the epochs it is 0.7 points, with noisier M 3.0; there, too, alpha spread
     # evenly over the box, gamma eta_c, is as good as learned. A divisor for each class helps small objects:
     # docs/results.md, "Box2Seg, 21 classes".)
     if box_labels.shape != logits[:, 0].shape:  # (N, 1, h, w) would broadcast, and cross images
