@@ -426,6 +426,7 @@ def main(argv):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a name that a pipe's encoding lacks, on Windows
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

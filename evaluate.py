@@ -92,10 +92,7 @@ def class_probabilities(network, image, args):
 def most_probable(image, probabilities, crf=None):
     """(C, H, W) -> (H, W) uint8, the most probable class of each pixel; after the dense CRF, if crf has its options."""
     if crf:
-        try:
-            probabilities = dense_crf(image, probabilities, **crf)
-        except BadKernel as error:
-            raise BadInput(f"--crf: {error}") from None
+        probabilities = dense_crf(image, probabilities, **crf)
     return probabilities.max(0).indices.byte().cpu().numpy()    # argmax(0) takes several times as long on a CPU
 
 
@@ -118,7 +115,7 @@ def crf_workers(args):
     return args.workers if args.crf and args.device.type == "cpu" else 0
 
 
-# ==== shared block "a worker process": equal to the byte in evaluate.py and mcg_candidates.py
+# ==== shared block "worker processes": equal to the byte in evaluate.py and mcg_candidates.py
 def one_core():
     """Start of a worker process: one thread, deaf to Ctrl-C (the first process hears it), and never left behind."""
     cv2.setNumThreads(1)
@@ -126,6 +123,16 @@ def one_core():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     first = multiprocessing.parent_process()
     threading.Thread(target=lambda: (first.join(), os._exit(1)), daemon=True).start()
+
+
+def process_pool(workers, preload):
+    """Workers of one core each: forks of a fresh process, which has loaded these modules at most, since a fork of one
+    in which torch's threads or CUDA have run may hang."""
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    if sys.platform == "linux":                         # macOS may not like what torch loads to be forked
+        context.set_forkserver_preload(preload)         # once, and not by each worker
+    most = 61 if sys.platform == "win32" else workers   # Windows cannot wait for more
+    return ProcessPoolExecutor(min(workers, most), context, one_core)
 # ==== end of shared block
 
 
@@ -150,16 +157,13 @@ def in_order(ids, read, prepare, work, workers):
         for name, loaded in read_ahead(ids, read):
             yield name, lambda: work(*prepare(*loaded()))
         return
-    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")  # no fork has CUDA
-    if sys.platform == "linux":                         # macOS may not like what torch loads to be forked
-        context.set_forkserver_preload(["torch", "torchvision"])    # once, and not by each worker
 
     def ended(name, job):                               # waits for the job
         if isinstance(job.exception(), BrokenProcessPool):      # no fault of the image: all that follow would fail, too
             raise BadInput("a worker was killed, perhaps for want of memory: give fewer --workers")
         return name, job.result
 
-    with ProcessPoolExecutor(workers, context, one_core) as pool:
+    with process_pool(workers, ["torch", "torchvision"]) as pool:
         waiting = deque()
         for name, loaded in read_ahead(ids, read):
             try:
@@ -566,6 +570,7 @@ def report(error, name, failed, count):
     if isinstance(error, torch.OutOfMemoryError):
         raise BadInput("the GPU's memory does not suffice: "
                        "give smaller --scales, --amp bf16, or --device cpu") from None
+    error = BadInput(f"--crf: {error}") if isinstance(error, BadKernel) else error
     kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
     tqdm.write(f"evaluate.py: {kind}{' '.join(str(error).split())}", file=sys.stderr)
     failed.append(name)
@@ -1154,6 +1159,8 @@ def main(argv):
     if not all(value is None or 0 < value < math.inf for value in (args.crf_w, args.crf_xy, args.crf_rgb,
                                                                    args.crf_search, args.crf_iterations)):
         parser.error("--crf-w, --crf-xy, --crf-rgb, --crf-search and --crf-iterations must be above 0")
+    if min(args.crf_xy or 1, args.crf_rgb or 1) < 0.01:
+        parser.error("--crf-xy and --crf-rgb must be at least 0.01")
     if args.crf_search and (args.images or args.crf_backend != "torch"):
         parser.error("--crf-search scores the torch backend against the truth: leave out --images and --crf-backend")
     if args.workers < 0:

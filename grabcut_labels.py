@@ -364,6 +364,8 @@ def make_labels(voc, ids, out=None, workers=None, detect=None, **options):
 
     summary = {"made": 0, "corrected": 0, "skipped": 0, "boxes": 0, "classes": Counter(), "fallbacks": Counter(),
                "notes": {}, "failures": [], "source": {"class_names": names, "boxes": boxes_from, **options}}
+    if foreign:
+        summary["source"]["unknown make"] = [folder.name for folder in foreign]
     threads_before = cv2.getNumThreads()
     cv2.setNumThreads(1)  # each image on one core; OpenCV lets go of Python's lock, so threads serve as processes would
     workers = workers or os.cpu_count()

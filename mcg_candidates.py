@@ -1313,7 +1313,7 @@ def draw_one(target, images, name, annotation, *_):
     return 0, len(classes), ["an outline that paints no pixel"] * bool(unpainted)
 
 
-# ==== shared block "a worker process": equal to the byte in evaluate.py and mcg_candidates.py
+# ==== shared block "worker processes": equal to the byte in evaluate.py and mcg_candidates.py
 def one_core():
     """Start of a worker process: one thread, deaf to Ctrl-C (the first process hears it), and never left behind."""
     cv2.setNumThreads(1)
@@ -1321,6 +1321,16 @@ def one_core():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     first = multiprocessing.parent_process()
     threading.Thread(target=lambda: (first.join(), os._exit(1)), daemon=True).start()
+
+
+def process_pool(workers, preload):
+    """Workers of one core each: forks of a fresh process, which has loaded these modules at most, since a fork of one
+    in which torch's threads or CUDA have run may hang."""
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    if sys.platform == "linux":                         # macOS may not like what torch loads to be forked
+        context.set_forkserver_preload(preload)         # once, and not by each worker
+    most = 61 if sys.platform == "win32" else workers   # Windows cannot wait for more
+    return ProcessPoolExecutor(min(workers, most), context, one_core)
 # ==== end of shared block
 
 
@@ -1423,14 +1433,10 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
     claim_folder(folder, images, names, method, **source)
     summary = {"made": 0, "skipped": 0, "candidates": 0, "boxes": 0, "notes": {}, "failures": []}
     workers = workers or os.cpu_count()
-    # Processes, since much of the work is Python's own. Forks of a fresh one, which at most has loaded torch: a fork of
-    # a process in which torch's threads or CUDA have run may hang. The variable is read as NumPy is loaded.
-    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-    if sys.platform == "linux":                         # macOS may not like what torch loads to be forked
-        context.set_forkserver_preload(["torch"])       # once, and not by each worker
+    # Processes, since much of the work is Python's own. The variable is read as NumPy is loaded.
     threads_before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"
-    pool = ProcessPoolExecutor(workers, context, initializer=one_core)
+    pool = process_pool(workers, ["torch"])
 
     make, ending = (draw_one, "png") if method == "masks" else (make_one, "npz")
     annotated = read_source(folder).get("boxes") == "Annotations"
@@ -1468,11 +1474,8 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
                     continue
                 try:
                     candidates, boxes, notes = job.result()
-                except CannotWrite:
+                except (CannotWrite, BrokenProcessPool):
                     raise
-                except BrokenProcessPool:
-                    raise BadInput(f"{folder}: a worker was killed, perhaps for want of memory: give fewer "
-                                   "--workers; the same command goes on from here") from None
                 except Exception as error:  # one bad image does not stop the others, whatever is bad in it
                     summary["failures"].append(f"{image_id}: {one_line(error)}")
                     if len(summary["failures"]) <= MOST:
@@ -1483,6 +1486,9 @@ def make_all(folder, images, names, ids, annotation_of, source, method="mcg", wo
                 summary["boxes"] += boxes
                 for note in notes:
                     summary["notes"].setdefault(note, []).append(image_id)
+    except BrokenProcessPool:
+        raise BadInput(f"{folder}: a worker was killed, perhaps for want of memory: give fewer --workers; the same "
+                       "command goes on from here") from None
     finally:  # also on Ctrl-C: what is running is finished, what is waiting is dropped
         pool.shutdown(cancel_futures=True)
         del os.environ["OMP_NUM_THREADS"]

@@ -856,7 +856,8 @@ def resume_run(args, given, out, may_differ):
         raise BadInput("--resume goes on, --overwrite starts anew: give one of them")
     free = {"out", "resume", "data", "device", "workers", "log_every", "save_every", *may_differ}
     for name, value in given.items():
-        if name not in free and value not in (saved["args"][name], "auto"):     # --amp auto: saved is what it became
+        same = value == saved["args"][name] or (name, value) == ("amp", "auto")     # of auto, what it became is saved
+        if name not in free and not same:
             raise BadInput(f"--{name.replace('_', '-')} {value}: the run in {out} has {saved['args'][name]}; "
                            "leave it out to resume, or start another --out")
     return saved, argparse.Namespace(**(saved["args"] | {name: given[name] for name in given if name in free}))
@@ -939,7 +940,8 @@ def start_processes(args, device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=12))
+        nccl = device.type == "cuda" and dist.is_nccl_available()           # Windows has none
+        dist.init_process_group("nccl" if nccl else "gloo", timeout=datetime.timedelta(hours=12))
     if args.batch_size % world or args.batch_size // world < 2:
         raise BadInput(f"--batch-size {args.batch_size}: expected at least 2 for each of {world} processes, evenly")
     if args.deterministic:
@@ -1191,12 +1193,12 @@ def batches(n, batch_size, seed, start, stop, rank, world):
 
 def quiet_worker(_):
     """In a data worker: one thread (the cores are shared out by worker), and signals are the parent's business. A
-    terminal's Ctrl-C, `timeout` and batch systems send them to all processes: after a polite kill the parent has 15
-    seconds to finish its step."""
+    terminal's Ctrl-C, `timeout` and batch systems send them to all processes, and the parent then has a step or a
+    validation to finish: the first polite kill passes a worker by, the second one, perhaps the parent's own, ends it.
+    (Of a parent that is gone it learns by itself, within seconds.)"""
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "alarm"):                        # not on Windows, where nothing is polite
-        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(15))
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def seed_of(*key):

@@ -634,9 +634,10 @@ def made_from(images, args, names):
                     made["proposals"] = zlib.crc32(file[name].tobytes(), made["proposals"])
         except Exception:   # of broken bytes NumPy raises nearly anything; the label update will name the file
             pass
-    if args.supervision == "grabcut" and (folder / "source.json").exists():
+    if args.supervision == "grabcut":
         check_classes(folder, names)
-        made["grabcut"] = {key: value for key, value in read_source(folder).items() if key != "images"}
+        source = read_source(folder) if (folder / "source.json").exists() else None         # None: of unknown make
+        made["grabcut"] = source and {key: value for key, value in source.items() if key != "images"}
     return made
 
 
@@ -647,7 +648,7 @@ def build_network(args, num_classes, weights, pretrained):
                       embedding=False)
 
 
-def make_labels(images, names, list_file, args, out, saved):
+def make_labels(images, names, list_file, args, saved):
     """Makes what is missing of the list's candidates or rectangles; then the files of all images must exist."""
     if rank_and_world()[0] == 0:
         indices = images.listed_boxes
@@ -693,7 +694,7 @@ def main(argv):
         idle = set() if boxed else {"top_k", "warm_up", "min_recognized", "lambda_r", "show_epochs", "show_images"}
         say_without_effect({"method"} | idle, given, "since no box of the list chooses a candidate")
     val_ids = validation_list(voc, args.val_split, len(names))      # before hours of candidates
-    make_labels(images, names, list_file, args, out, saved)
+    make_labels(images, names, list_file, args, saved)
     if len(boxed) < n:
         require_a_class(images.files(index)[1] for index in range(n) if index not in boxed)
     if not saved:

@@ -415,6 +415,7 @@ def test_bad_places_and_devices(toy, checkpoint, tmp_path):
                   ["--checkpoint", checkpoint, "--crf-backend", "pydensecrf"],
                   ["--checkpoint", checkpoint, "--crf-search", 2, "--images", toy, "--out", tmp_path],
                   ["--checkpoint", checkpoint, "--crf-w", 3], ["--labels", toy, "--flip"],
+                  ["--checkpoint", checkpoint, "--crf", "--crf-rgb", 0.009],
                   ["--checkpoint", checkpoint, "--split", "val", "--list", tmp_path / "ids.txt"],
                   ["--checkpoint", checkpoint, "--pixels", 0, 0, 5, 5], ["--checkpoint", checkpoint, "--worst"],
                   ["--checkpoint", checkpoint, "--trimap-plot", tmp_path / "plot.svg"],
@@ -843,6 +844,13 @@ def test_plain_pictures_by_list_and_where_they_cannot_go(toy, checkpoint, tmp_pa
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_crf_whose_lattice_would_be_too_large_is_one_line(toy, checkpoint):
+    for flags in (["--crf"], ["--crf-search", 2]):
+        status, _, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--workers", 0, *flags,
+                               "--crf-xy", 0.01, "--crf-rgb", 0.01)
+        assert status == 2 and "--crf: the features spread too far" in error and "none of the 2 images" in error, error
 
 
 def test_a_worker_that_is_killed_is_one_line(toy, checkpoint, tmp_path, monkeypatch):

@@ -490,6 +490,9 @@ def test_labels_of_unknown_make_are_kept_and_named(voc, capsys):
     summary = make_labels(voc, ["a", "b"], workers=1)
     assert summary["made"] == 2 and "GrabCutMasks: labels of unknown make" in capsys.readouterr().err
     assert not (voc / "GrabCutMasks/source.json").exists() and (voc / "BoxMasks/source.json").exists()
+    assert summary["source"]["unknown make"] == ["GrabCutMasks"]            # so that --resume tells them from ours
+    shutil.rmtree(voc / "GrabCutMasks")
+    assert "unknown make" not in make_labels(voc, ["a", "b"], workers=1)["source"]
 
 
 def test_detected_boxes_are_told_apart(voc):
@@ -687,6 +690,10 @@ def test_a_locale_without_these_letters(voc):
     status, text = process("evaluate.py", "--data", voc, "--labels", voc / "BoxMasks", "--against",
                            voc / "GrabCutMasks", "--json", voc / "s.json", env=environment)
     assert status == 0 and json.loads((voc / "s.json").read_text(encoding="utf-8"))["iou"]["Möwe"] is None
+    np.save(voc / "p.npy", np.full((2, *PIXELS.shape[:2]), 0.5, np.float32))
+    status, text = process("crf.py", voc / "JPEGImages/a.jpg", voc / "p.npy", "--out", voc / "Möwe.png",
+                           env=environment)
+    assert status == 0 and "\\udcb6we.png: 0.0 %" in text and (voc / "Möwe.png").exists()
 
 
 def test_vocs_own_names_are_a_list_of_its_own(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import wait
 from pathlib import Path
 
 import cv2
@@ -653,6 +654,17 @@ def die(*_):
 def test_a_worker_that_is_killed_is_one_line(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(mcg_candidates, "make_one", die)
     voc = find_voc(drawn[0])
+    with pytest.raises(BadInput, match="a worker was killed.*--workers"):
+        make_candidates(voc, all_ids(voc), tmp_path, "gop", workers=1)
+
+    def slowly(ids, submit, ahead):                     # the first has died before the second is handed out
+        def submit_and_wait(image_id):
+            wait([job := submit(image_id)])
+            return job
+        return original(ids, submit_and_wait, ahead)
+
+    original = mcg_candidates.a_few_ahead
+    monkeypatch.setattr(mcg_candidates, "a_few_ahead", slowly)
     with pytest.raises(BadInput, match="a worker was killed.*--workers"):
         make_candidates(voc, all_ids(voc), tmp_path, "gop", workers=1)
 

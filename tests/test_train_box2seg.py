@@ -3,6 +3,7 @@ import functools
 import http.server
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -29,7 +30,8 @@ import train_box2seg
 import train_boxsup
 from grabcut_labels import class_fill_rates, read_label, read_list, write_label
 from model import (BadInput, Box2SegNet, DeepLabVGG16, batches, in_parallel, initialize, load_network, make_optimizer,
-                   mixed_precision, place_network, predict, random_crop, say_what_a_crop_sees, sgd_step, validate)
+                   mixed_precision, place_network, predict, quiet_worker, random_crop, say_what_a_crop_sees, sgd_step,
+                   validate)
 from train_box2seg import FIXED, ROWS
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_box2seg.py"
@@ -611,6 +613,27 @@ def test_a_polite_kill_of_all_processes(toy, tmp_path, whole_run):
     assert_same_run(whole_run, tmp_path)
 
 
+def works_politely(pipe):
+    quiet_worker(0)
+    while True:
+        pipe.send((pipe.recv(), signal.alarm(0)))           # how soon it would have rung
+
+
+def test_a_polite_kill_passes_a_worker_by_and_a_second_one_ends_it():
+    """A validation, which comes before the epoch's checkpoint, may take an hour after the first."""
+    here, there = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("fork").Process(target=works_politely, args=(there,), daemon=True)
+    worker.start()
+    for number in range(3):
+        here.send(number)
+        assert here.poll(60) and here.recv() == (number, 0)
+        if number == 1:
+            os.kill(worker.pid, signal.SIGTERM)
+    worker.terminate()
+    worker.join(60)
+    assert worker.exitcode == -signal.SIGTERM
+
+
 def test_a_broken_file_costs_no_step(toy, tmp_path, whole_run, monkeypatch):
     original, calls = train_box2seg.Crops.__getitem__, [0]
 
@@ -928,6 +951,8 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_arguments
         train(toy, whole_run, "--resume", "--overwrite")
     with pytest.raises(train_box2seg.BadInput, match="--lr 0.5: the run in .* has 0.02"):
         train(toy, whole_run, "--resume", "--lr", "0.5")
+    with pytest.raises(train_box2seg.BadInput, match="--init auto: the run in .* has None"):
+        train(toy, whole_run, "--resume", "--init", "auto")
     other = tmp_path / "VOCdevkit"
     make_toy_voc(other, images=16, val=3, size=(48, 64), seed=1)
     with pytest.raises(train_box2seg.BadInput, match="trained on 12 images and 5 classes"):

@@ -287,6 +287,13 @@ def test_every_row_trains_on_its_own_labels(toy, tmp_path, labels, monkeypatch, 
         names = train_boxsup.class_names(voc)
         boxes, classes = train_boxsup.read_boxes(voc / "Annotations" / f"{ids[0]}.xml", names, (48, 64))
         assert np.array_equal(original(folder / f"{ids[0]}.png"), mcg_candidates.box_mask(boxes, classes, (48, 64)))
+    if labels == "grabcut":                             # labels of another make, which say so, or do not
+        names, other = train_boxsup.class_names(voc), tmp_path / "other"
+        shutil.copytree(tmp_path, other, ignore=shutil.ignore_patterns("out", "other"))
+        (other / "source.json").write_text(json.dumps({"images": "i", "class_names": names, "method": "grabcut"}))
+        with pytest.raises(train_boxsup.BadInput, match="GrabCut masks than these"):
+            train(toy, tmp_path / "out", "--supervision", labels, "--resume", "--grabcut", other)
+        assert train(toy, tmp_path / "out", "--supervision", labels, "--resume", *flags) == 0
     if labels == "candidates":
         assert (tmp_path / "out" / "masks.png").exists()
         assert set(updates[0]) >= {"boxes", "rectangles", "cost", "box_iou", "changed", "mask_miou"}
