@@ -126,8 +126,9 @@ def test_shared_blocks_are_equal_to_the_byte():
     def blocks(file):
         text = (REPOSITORY / file).read_text()
         return [part.split("# ==== end of shared block")[0] for part in text.split("# ==== shared block")[1:]]
-    assert len(blocks("evaluate.py")) == 5
-    assert set(blocks("evaluate.py")) <= set(blocks("grabcut_labels.py"))
+    labels, candidates = (set(blocks(file)) for file in ("grabcut_labels.py", "mcg_candidates.py"))
+    assert len(blocks("evaluate.py")) == 6 and len(set(blocks("evaluate.py")) & labels) == 5
+    assert set(blocks("evaluate.py")) <= labels | candidates
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -632,9 +632,8 @@ def two_processes(toy, out, *flags):
 
 
 def assert_both_end(processes):
-    for process in processes:
-        error = process.communicate(timeout=300)[1]
-        assert process.returncode == 0, error
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
 
 
 def test_two_processes(toy, tmp_path, whole_run):
