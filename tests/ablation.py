@@ -57,9 +57,9 @@ TABLES = {
         "no-sampling": (["--top-k", "1"], 59.7), "boxsup": ([], 62.0), "ss": (["--method", "ss"], 59.5),
         "gop": (["--method", "gop"], 60.4), "semi": (["--masks-list", "OUT/masks.txt"], 63.5),
         "masks": (["--supervision", "masks"], 63.8)}}
-# Table 5: Box2Seg's network, or ImageNet's, fine-tuned with a share of the masks. Every row takes about as many steps
-# as `tune` epochs of all images (an epoch leaves out what fills no batch); the rows that start from ImageNet also those
-# that Box2Seg had before.
+# Table 5: Box2Seg's network, or ImageNet's, fine-tuned with a share of the masks. Every row takes as many steps as
+# `tune` epochs of all images, to the nearest epoch of its own; the rows that start from ImageNet also those that
+# Box2Seg had before.
 for share, paper in (("0.05", 78.7), ("0.1", 83.1), ("1", 86.4)):
     TABLES["box2seg"][f"tuned-{share}"] = (["--loss", "mask", "--init", "OUT/box2seg-SEED/last.pt", "--masks", share],
                                            paper)
@@ -80,7 +80,10 @@ def budget_flags(args, row, flags):
         return ["--epochs", args.budget]
     if row.startswith(("tuned", "imagenet")):
         epochs = args.tune + (args.budget if row.startswith("imagenet") else 0)
-        return ["--epochs", round(epochs / float(flags[flags.index("--masks") + 1]))]
+        share = float(flags[flags.index("--masks") + 1])
+        # counted in steps, not images: an epoch leaves out what fills no batch, of few images as much as a third
+        steps, fewer = (max(1, n // args.batch_size) for n in (args.images, round(share * args.images)))
+        return ["--epochs", round(epochs * steps / fewer)]
     first = args.stage_1 if row in ("affinity", "box2seg") else 0
     return ["--pretrain-epochs", first, "--epochs", args.budget - first]
 
@@ -210,6 +213,9 @@ def main():
     if args.jobs < 1:
         parser.error("--jobs must be at least 1")
     voc = find_voc(args.data)
+    args.images = len(training_list(voc, args.split)[0])
+    script = importlib.import_module(f"train_{args.paper}")
+    args.batch_size = script.parse_arguments(["--recipe", args.recipe, *args.rest])[0].batch_size
     out = Path(args.out or f"runs/ablation-{args.paper}")
     out.mkdir(parents=True, exist_ok=True)
     arguments = {row: arguments_of(args, row) for row in table}

@@ -169,14 +169,21 @@ def test_ablation_takes_recorded_runs(folder, tmp_path):
 
 def test_every_row_of_a_table_has_one_budget():
     """Five epochs each, one of them stage 1's where a row has it; Table 5's rows take the steps of two epochs of all
-    images, those from ImageNet also the five before."""
-    args = argparse.Namespace(paper="box2seg", budget=5, stage_1=1, tune=2)
+    images, those from ImageNet also the five before. Of 311 images and a batch of 8 an epoch has 38 steps, of 31 images
+    3 and of 16 images 2: 2 epochs of all are 76 steps, 7 are 266."""
+    args = argparse.Namespace(paper="box2seg", budget=5, stage_1=1, tune=2, images=80, batch_size=8)
     flags = {row: ablation_script.budget_flags(args, row, given) for row, (given, _) in
              ablation_script.TABLES["box2seg"].items()}
     assert flags["box2seg"] == flags["affinity"] == ["--pretrain-epochs", 1, "--epochs", 4]
     assert flags["grabcut"] == flags["mask-aw"] == ["--pretrain-epochs", 0, "--epochs", 5]
     assert flags["tuned-0.1"] == ["--epochs", 20] and flags["imagenet-0.1"] == ["--epochs", 70]
     assert flags["tuned-1"] == ["--epochs", 2] and flags["imagenet-1"] == ["--epochs", 7]
+    args.images = 311
+    epochs = {row: ablation_script.budget_flags(args, row, ablation_script.TABLES["box2seg"][row][0])[1]
+              for row in ("tuned-1", "tuned-0.1", "tuned-0.05", "imagenet-1", "imagenet-0.1", "imagenet-0.05")}
+    assert list(epochs.values()) == [2, 25, 38, 7, 89, 133]
+    args.images = 20                    # of which the shares fill no batch: the run itself refuses them
+    assert ablation_script.budget_flags(args, "tuned-0.1", ablation_script.TABLES["box2seg"]["tuned-0.1"][0])[1] == 4
 
 
 def test_objects_that_are_missing_from_masks(folder, tmp_path):
