@@ -214,8 +214,8 @@ def unary_energy(probabilities):
     """psi_u = -log p, (N, C) for (C, H, W)."""
     # PAPER SILENT: the energy of a probability of 0, which is infinite; probabilities are at least 1e-5 here, energies
     # at most 11.5. Messages lower a label's energy by at most about 1.3 w + 1.1 gaussian_w (measured on photographs),
-    # 8 to 9.3 with the presets: such a label can win only where all others are nearly equal. With the largest w that
-    # evaluate.py --crf-search tries, 7, it is 12.
+    # 8.5 to 9.8 with the presets: such a label can win only where all others are nearly equal. With the largest w that
+    # evaluate.py --crf-search tries, 7, it is 12.4.
     return -probabilities.clamp(min=1e-5).log().flatten(1).T.contiguous()
 
 

@@ -1079,9 +1079,9 @@ def main(argv):
     add("--crf", nargs="?", const="auto", choices=["auto", *PRESETS], metavar="PRESET", help="refine them (paper), "
         "with the parameters for a vgg16-plain, vgg16 (LargeFOV) or resnet101 (ours: that which is most like the "
         "network)")
-    add("--crf-w", type=float, metavar="W", help="weight of the kernel that knows colours, instead of the preset's")
-    add("--crf-xy", type=float, metavar="PIXELS", help="how far it reaches")
-    add("--crf-rgb", type=float, metavar="SD", help="colour standard deviation, 0-255")
+    add("--crf-w", type=float, metavar="W", help="weight of the bilateral kernel, instead of the preset's")
+    add("--crf-xy", type=float, metavar="PIXELS", help="its standard deviation in space")
+    add("--crf-rgb", type=float, metavar="SD", help="and in colour, 0-255")
     add("--crf-iterations", type=int, default=ITERATIONS, metavar="N", help="of the mean field (ours: %(default)s)")
     add("--crf-backend", default="torch", choices=["torch", "pydensecrf"], help="(ours: %(default)s)")
     add("--crf-search", type=int, nargs="?", const=100, metavar="N", help="score a grid of parameters on N random "

@@ -87,13 +87,12 @@ def box_mask(boxes, classes, size):
 # that, which is faster on VOC's images and scores the same, and one more iteration at full size then moves the
 # boundary. Much smaller would lose objects: GrabCut weighs a sum over the area (colour) against one
 # over the boundary (smoothness), and the fewer pixels there are, the more the boundary counts.
-# PAPER SILENT: what to do where GrabCut loses the object; an iteration that leaves less than 15 % of the box is taken
-# back, which leaves the iteration before it (at full size it counts as too little). Where already the first leaves
-# less (16 % of the boxes of the 311 images of VOC's train whose ids begin with 2007), a second attempt takes an
-# ellipse in the middle of the box, 0.7 of its sides, for sure foreground: these labels score 76.2 mIoU, those with
-# whole boxes instead 75.0, with the ellipse at 0.5, 0.6 or 0.8 of the sides 76.1 to 76.2. A box that covers the image
-# has no sure background; there the second attempt takes the corners outside the ellipse that touches the image's
-# sides for perhaps background.
+# PAPER SILENT: what to do where GrabCut loses the object; an iteration that ends with less than 15 % of the box as
+# foreground is undone. If it is the first (16 % of the boxes of the 311 images of VOC's train whose ids begin with
+# 2007), or the one at full size, the attempt has failed, and a second one takes an ellipse in the middle of the box,
+# 0.7 of its sides, for sure foreground: these labels score 76.2 mIoU, those with whole boxes instead 75.0, with the
+# ellipse at 0.5, 0.6 or 0.8 of the sides 76.1 to 76.2. A box that covers the image has no sure background; there the
+# second attempt takes the corners outside the ellipse that touches the image's sides for probable background.
 COVERS_IMAGE, EMPTY, TOO_SMALL = "box covers the image", "GrabCut found nothing", "GrabCut found too little"
 STAYS_WHOLE = "box stays whole"  # the second attempt found too little as well
 
@@ -134,17 +133,17 @@ def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=
     b0, b1 = round((y0 - top) * size[1] / h), round((y1 - top) * size[1] / h)
     own = np.s_[b0:max(b1, b0 + 1), a0:max(a1, a0 + 1)]
 
-    # The start: perhaps foreground in the box, surely background outside, perhaps foreground in boxes of the same class
+    # The start: probable foreground in the box, sure background outside, probable foreground in boxes of the same class
     # (unless they leave less than a tenth of the margin).
-    state = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)           # 0, 1 surely, 2, 3 perhaps; odd is the foreground
+    state = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)          # 0, 1 sure, 2, 3 probable; odd is the foreground
     state[own] = cv2.GC_PR_FGD
     ring = np.count_nonzero(state == cv2.GC_BGD)
-    perhaps = inside                                                                              # (h, w) bool
+    probable = inside                                                                              # (h, w) bool
     if same_class is not None and ring:
         shared = cv2.resize(same_class[window].astype(np.float32), size, interpolation=cv2.INTER_AREA) > 0.5
         if np.count_nonzero(~shared & (state == cv2.GC_BGD)) >= 0.1 * ring:
             state[shared] = cv2.GC_PR_FGD
-            perhaps = inside | same_class[window]
+            probable = inside | same_class[window]
 
     def cut(state):
         """From a start -> the object, (h, w) bool inside the box, or None, and why there is none."""
@@ -169,11 +168,11 @@ def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=
         found, background, foreground = kept
         if scale < 1:  # back at full size, one more iteration, in which only pixels near the boundary may change
             found = cv2.resize(found.astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR) > 0.5
-            found = (found & perhaps).astype(np.uint8)                                            # (h, w)
+            found = (found & probable).astype(np.uint8)                                            # (h, w)
             near = np.ones((2 * int(np.ceil(2 / scale)) + 1,) * 2, np.uint8)  # two working pixels each way
             state = np.where(found == 1, np.uint8(cv2.GC_PR_FGD), np.uint8(cv2.GC_PR_BGD))
             state[cv2.erode(found, near) == 1] = cv2.GC_FGD
-            state[(cv2.dilate(found, near) == 0) | ~perhaps] = cv2.GC_BGD
+            state[(cv2.dilate(found, near) == 0) | ~probable] = cv2.GC_BGD
             cv2.grabCut(crop, state, None, background, foreground, 1, cv2.GC_EVAL)
             found = state & 1
         found = (found == 1) & inside
@@ -198,7 +197,7 @@ def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=
 def grabcut_mask(image, boxes, classes, share=True, **options):
     """Boxes (K, 4), classes (K,) -> M, (H, W) uint8, and K times None or grabcut's reason for that box.
 
-    share: whether other boxes of a box's class are "perhaps foreground" to it, not background; options: grabcut's.
+    share: whether other boxes of a box's class are "probable foreground" to it, not background; options: grabcut's.
 
     Smaller boxes are painted last, as in B; but where a smaller box's GrabCut sees background and a larger box's sees
     foreground, M is the larger one's class, B the smaller one's.
@@ -1557,7 +1556,7 @@ def parse_arguments():
     cut.add_argument("--colours", choices=("lab", "rgb"), default="lab", help="space of the colour models (default: "
                      "lab, ours)")
     cut.add_argument("--share", action=argparse.BooleanOptionalAction, default=True, help="other boxes of the same "
-                     "class are perhaps foreground (default: on, ours); --no-share: background")
+                     "class are probable foreground (default: on, ours); --no-share: background")
     source = parser.add_argument_group("boxes")
     source.add_argument("--boxes", choices=("annotation", "detector"), default="annotation", help="from Annotations/ "
                         "(default, paper) or from a COCO detector (paper: GrabCut-NoTrain-Det), whose labels go to "

@@ -89,15 +89,14 @@ def foreground_loss(logits, alpha, box_labels):
     """
     # DEPARTS: Eq. 3 prints 1 / sum_i B(i, c) before the sum over c, where c is not bound. We divide each class by its
     # own box area, "to give similar weighting to each class" as its text says, sum over classes, mean over images.
-    # (Measured on photographs of 21 classes, lambda_AW 0.3: Box2Seg's gain does not need learned attention. Alpha = M
-    # gains as much, alpha = 1 nearly as much, and so does one divisor for all classes; what gains is that objects'
-    # pixels count more. With twice the epochs it is 0.7 points, with noisier M 3.0; there, too, alpha spread
-    # evenly over the box, gamma eta_c, is as good as learned. A divisor for each class helps small objects:
-    # docs/results.md, "Box2Seg, 21 classes".)
+    # (Measured on photographs of 21 classes, lambda_AW 0.3: Box2Seg gains because objects' pixels count more, not
+    # because attention is learned. Alpha = M and one divisor for all classes gain as much, alpha = 1 nearly as much.
+    # After twice the epochs the gain is 0.7 points, with noisier M 3.0, where alpha = gamma eta_c in the whole box is
+    # as good as learned. A divisor for each class helps small objects: docs/results.md, "Box2Seg, 21 classes".)
     if box_labels.shape != logits[:, 0].shape:  # (N, 1, h, w) would broadcast, and cross images
         raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit logits {tuple(logits.shape)}")
     if alpha.shape != logits[:, 1:].shape:      # one map for all classes would broadcast, and Eq. 8 see class 1 alone
-        raise ValueError(f"alpha {tuple(alpha.shape)} does not fit logits {tuple(logits.shape)}: a map a class, 1..L")
+        raise ValueError(f"alpha {tuple(alpha.shape)} does not fit logits {tuple(logits.shape)}: a map per class, 1..L")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)[:, 1:]
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
     B = box_labels[:, None] == classes                                                            # (N, L, h, w)
@@ -189,7 +188,7 @@ def fill_rate_loss(alpha, box_labels, mask_labels, gamma=0.7):
     # PAPER SILENT: how classes and images are reduced (it prints the loss of one class). The sum over classes, as in
     # Eq. 3, whose gradient this one has to balance, and the mean over images.
     # PAPER SILENT: pixels of a box that M does not label (255, around the objects of true masks). They count in neither
-    # rate, so that eta and eta' look at the same pixels. Eq. 3 has them, and nothing holds attention up there.
+    # rate, so that eta and eta' look at the same pixels. Eq. 3 counts them, so nothing keeps attention up on them.
     eta = fill_rate(mask_labels, box_labels, alpha.shape[1] + 1)                                  # (N, L)
     box_labels = torch.where(mask_labels == 255, 255, box_labels)
     return (gamma * eta - attention_fill_rate(alpha, box_labels)).clamp(min=0).sum(1).mean()
@@ -221,7 +220,7 @@ def pair_samples(labels, num_classes, fraction=0.1):
     labels (N, h, w) -> (N,) int64, at least 1.
     """
     # PAPER SILENT: how 10 % of the pairs go together with "equally from each class" where a class has fewer pixels than
-    # its share. They are drawn more than once, and repeated pairs count: there are fewer different ones.
+    # its share. Its pixels are drawn more than once, and repeated pairs count, so that fewer than 10 % are distinct.
     classes = torch.arange(num_classes, device=labels.device).view(1, -1, 1, 1)
     area = (labels[:, None] == classes).sum((2, 3))                                               # (N, L+1)
     return (fraction ** 0.5 * area.sum(1) / (area > 0).sum(1).clamp(min=1)).round().long().clamp(min=1)
@@ -360,9 +359,9 @@ def overlap_cost(boxes, candidate_boxes):
     dtype = torch.promote_types(boxes.dtype, torch.float32)
     boxes, candidate_boxes = boxes.to(dtype)[:, None], candidate_boxes.to(dtype)                  # (K, 1, 4), (N, 4)
     area, candidate_area = ((b[..., 2:] - b[..., :2]).prod(-1) for b in (boxes, candidate_boxes))
-    first = torch.maximum(boxes[..., :2], candidate_boxes[:, :2])                                 # (K, N, 2)
-    last = torch.minimum(boxes[..., 2:], candidate_boxes[:, 2:])
-    both = (last - first).clamp(min=0).prod(-1)                                                   # (K, N)
+    low = torch.maximum(boxes[..., :2], candidate_boxes[:, :2])                                   # (K, N, 2)
+    high = torch.minimum(boxes[..., 2:], candidate_boxes[:, 2:])
+    both = (high - low).clamp(min=0).prod(-1)                                                     # (K, N)
     return 1 - both / (area + candidate_area - both).clamp(min=1e-9)  # 0 / 0 of two empty boxes is 0
 
 
@@ -403,8 +402,8 @@ def regression_cost(logits, superpixels, members, boxes, classes):
     inside = ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]                 # (K, H, W)
     order = (-(x1 - x0).double() * (y1 - y0))[:, 0].argsort(stable=True)                          # (K,), largest first
     place = torch.arange(1, K + 1, dtype=torch.int16, device=boxes.device)[:, None, None]
-    last = F.pad(inside[order] * place, (0, 0, 0, 0, 1, 0)).amax(0)              # (H, W) 0..K, its boxes' last place
-    owner = F.pad(order + 1, (1, 0))[last.long()]                                                 # (H, W) 0..K
+    top = F.pad(inside[order] * place, (0, 0, 0, 0, 1, 0)).amax(0)     # (H, W) place of the box painted last, 0: none
+    owner = F.pad(order + 1, (1, 0))[top.long()]                                                  # (H, W) 0..K
 
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=0)     # (L+1, H, W)
     e_background = -log_y[0]                                                                      # (H, W)
@@ -422,7 +421,7 @@ def regression_cost(logits, superpixels, members, boxes, classes):
 
 
 def recognized_share(logits, boxes, classes):
-    """How much of each box the network itself calls by the box's class: what its costs are worth there.
+    """How much of each box the network predicts as the box's class: how far to trust its costs there.
 
     logits (L+1, H, W) at the image's own resolution, boxes (K, 4), classes (K,) in 1..L -> (K,) in [0, 1], the
     share of the box's pixels whose most probable class is the box's.

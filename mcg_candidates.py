@@ -23,7 +23,7 @@ Writes  VOC2012/Candidates-mcg/<id>.npz (-ss, -gop), 3,500 segments at most, bes
 
 mcg(), selective_search() and geodesic() come first; the rest reads files and runs these over lists of images.
 
-A segment has no class yet: which one a box takes is the training's affair (train_boxsup.py, Eq. 2 to 4). The segments
+Segments have no class yet: training decides which one a box takes (train_boxsup.py, Eq. 2 to 4). The segments
 come from the pixels alone. No learned model is shipped: the published MCG reads contours from a structured forest and
 ranks by a random forest, and the published GOP learns its seeds, all trained on masks; here contours, ranks and seeds
 follow from the image by rule. What exists is kept, unless its boxes were corrected since: a second run makes only what

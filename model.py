@@ -33,17 +33,17 @@ background), d = 64 and a crop of 321x321 pixels:
     -----------------------------------------------------------------------------------------------------
     in training, and at test (without the last two rows)                               58,066,857, 56,864,597
 
-Every convolution behind the encoder has a BatchNorm and a ReLU behind it, but for the last of each decoder.
+Every convolution after the encoder is followed by BatchNorm and ReLU, except the last of each decoder.
 
 DeepLabVGG16: VGG-16 without its last two strides, its fully connected layers as convolutions.
 
     Sect. 3    "we adopt our implementation of the FCN method [22] refined by CRF [5] as the mask-supervised baseline".
-    Sect. 5    "we use the publicly released VGG-16 model [29] that is pre-trained on ImageNet [27]". The baseline "has
-               a score of 63.8, [...] very close to 63.74 reported in [5] under the same setting".
+    Sect. 5    "we use the publicly released VGG-16 model [29] that is pre-trained on ImageNet [27]".
+    Sect. 5.1  The baseline "has a score of 63.8, [...] very close to 63.74 reported in [5] under the same setting".
 
 [5] is DeepLab, Chen et al., Semantic Image Segmentation with Deep Convolutional Nets and Fully Connected CRFs, ICLR
-2015. Its table of fields of view names the setting: 63.74 belongs to a 4x4 fc6 with holes of 4. LargeFOV, 3x3 with
-holes of 12 and 1024 channels, has 67.6 there, and would lift every row of BoxSup's tables. A crop of 321x321 again:
+2015. Its table of fields of view names the setting: 63.74 belongs to a 4x4 fc6 with dilation 4. LargeFOV, 3x3 with
+dilation 12 and 1024 channels, has 67.6 there, and would lift every row of BoxSup's tables. A crop of 321x321 again:
 
     module            what it does                                     output, N x             parameters   LargeFOV's
     --------------------------------------------------------------------------------------------------------------------
@@ -51,14 +51,14 @@ holes of 12 and 1024 channels, has 67.6 there, and would lift every row of BoxSu
     features.5-9      2 3x3 convolutions, 3x3 max pooling /2            128 x 81 x 81             221,440
     features.10-16    3 3x3 convolutions, 3x3 max pooling /2            256 x 41 x 41           1,475,328
     features.17-23    3 3x3 convolutions, 3x3 max pooling /1            512 x 41 x 41           5,899,776
-    features.24-30    3 3x3 convolutions with holes of 2, 3x3 pooling   512 x 41 x 41           7,079,424
-    fc6               4x4 convolution with holes of 4, dropout         4096 x 41 x 41          33,558,528    4,719,616
+    features.24-30    3 3x3 convolutions, dilation 2, 3x3 pooling       512 x 41 x 41           7,079,424
+    fc6               4x4 convolution, dilation 4, dropout             4096 x 41 x 41          33,558,528    4,719,616
     fc7               1x1 convolution, dropout                         4096 x 41 x 41          16,781,312    1,049,600
     fc8               1x1 convolution: logits of X                       21 x 41 x 41              86,037       21,525
     --------------------------------------------------------------------------------------------------------------------
     DeepLab's table says 65.1 M and 20.5 M                                                     65,140,565   20,505,429
 
-Every convolution has a ReLU behind it, but for fc8.
+Every convolution but fc8 is followed by a ReLU.
 
 Who uses them: train_box2seg.py and train_boxsup.py train them on normalize()d batches and save them; evaluate.py reads
 them back with load_network() and calls predict(). All three ask pick_device() where to run. The last section, "around a
@@ -180,9 +180,9 @@ def upsample(x, like, align_corners=True):
 
 # ---- where a cell sits ----------------------------------------------------------------------------------------------
 #
-# All layers with a stride pad alike on both sides, so that cell i of a map at stride s looks at pixel s * i, and around
+# All layers with a stride pad symmetrically, so that cell i of a map at stride s looks at pixel s * i, and around
 # it. If the image is 32 k + 1 pixels wide (DeepLab's 321, for one), the last cell of every map lies on the last pixel,
-# and all maps, logits and labels lie exactly upon each other: cell 0 on pixel 0, the last on the last. So crops are of
+# and all maps, logits and labels align exactly: cell 0 on pixel 0, the last on the last. So crops are of
 # 32 k + 1 pixels, whole images are brought to the nearest such size, upsampling aligns the corners. (Maps stretched
 # over the image instead, align_corners=False, are shifted by up to half a cell of 32 pixels, and not alike in images of
 # 32 k + 1 and of 32 k pixels. Networks trained so lost 2 points of mIoU at test by it; docs/results.md.)
@@ -249,8 +249,8 @@ class EfficientNetLite0(nn.Module):
     devices) without its classifier: 75 % top-1 on ImageNet, and with 3.0 M parameters a fourteenth of ResNet-101.
 
     forward: normalised images (N, 3, H, W) -> C2, C3, C4, C5 at strides 4, 8, 16, 32, with 24, 40, 112, 320 channels.
-    Convolutions of stride 2 pad alike on both sides. TensorFlow, where the weights are from, pads so where a side has
-    an odd number of pixels, as 193 or 321 have at every stride.
+    Convolutions of stride 2 pad symmetrically. TensorFlow, where the weights are from, does so where a side has an odd
+    number of pixels, as 193 or 321 have at every stride.
     """
 
     channels = tuple(stages[-1][3] for stages in LITE0)
@@ -437,7 +437,7 @@ class DeepLabVGG16(nn.Module):
     BoxSup's network (Sect. 3, 5), DeepLab on VGG-16, stride 8.
 
     num_classes    L + 1: counts the background, 21 for VOC
-    large_fov      False (paper): fc6 4x4 with holes of 4; True: DeepLab-LargeFOV, 3x3 with holes of 12, fc6 and fc7 of
+    large_fov      False (paper): fc6 4x4 with dilation 4; True: DeepLab-LargeFOV, 3x3 with dilation 12, fc6 and fc7 of
                    1024 channels
     pretrained     start from torchvision's ImageNet weights, downloaded once
     weights        start from this file instead, a state dict of torchvision's vgg16, perhaps partial:
@@ -448,7 +448,7 @@ class DeepLabVGG16(nn.Module):
 
     forward: normalised images (N, 3, H, W), any size -> logits (N, L+1, ceil(H/8), ceil(W/8)), in training as in eval
     mode; cells lie where they should if the sides are of 8 k + 1 pixels ("Where a cell sits", above). The 4x4 kernel
-    with holes of 4 pads alike on both sides, too: it is 3*4 + 1 = 13 cells wide, an odd number, and looks at the cells
+    with dilation 4 is padded symmetrically, too: it is 3*4 + 1 = 13 cells wide, an odd number, and looks at the cells
     i-6, i-2, i+2, i+6 (LargeFOV: i-12, i, i+12). So an image of one or two cells a side, 16 pixels, leaves it nothing
     but padding.
     """
@@ -1000,7 +1000,7 @@ def place_network(network, args, saved, names, device):
         print_rank0(f"{share} images in a batch of each process: the pyramid's 1x1 map has {share} values a channel, "
                     "and batch norm leaves little of them (of 2: +1 and -1 whatever the images); give at least 4")
     if args.crop != nearest_side(args.crop, network):
-        print_rank0(f"--crop {args.crop}: the network's maps do not lie upon each other at their far ends; give "
+        print_rank0(f"--crop {args.crop}: the network's maps do not align at their far ends; give "
                     f"{nearest_side(args.crop, network)} ('Where a cell sits' in model.py)")
     network.to(device, memory_format=torch.channels_last)
     return nn.SyncBatchNorm.convert_sync_batchnorm(network) if args.sync_bn else network

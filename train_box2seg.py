@@ -50,10 +50,10 @@ ROWS = {  #              cross-entropy on  its name   L_AW   L_alpha  L_A
     "affinity":     ("grabcut",        "L_GC",    False, None,    True),
     "aw-box":       ("grabcut",        "L_GC",    True,  "box",   False),
     "aw-fr":        ("grabcut",        "L_GC",    True,  "fr",    False),
-    # Ours, controls for AW-fr: attention is not learned, but GrabCut's mask (alpha(i, c) = 1 where M is c, else 0),
+    # Ours, controls for AW-fr: attention is given, not learned: GrabCut's mask (alpha(i, c) = 1 where M is c, else 0),
     # gamma eta_c in the whole box, or 1; L_alpha^fr is 0 with each. What "aw-mask" gains over "grabcut" comes from
-    # objects' pixels counting more, not from attention. "aw-flat" is all that L_alpha^fr asks for, and says nothing
-    # about where: what it loses against AW-fr is what attention is for (on 21 classes nothing to be seen:
+    # objects' pixels counting more, not from learning attention. "aw-flat" has as much attention as L_alpha^fr asks
+    # for, spread evenly: what AW-fr gains over it is due to where attention lies (on 21 classes nothing measurable:
     # docs/results.md, "Box2Seg, 21 classes"). "aw-one" weighs the boxes more than either.
     "aw-mask":      ("grabcut",        "L_GC",    True,  "fr",    False),
     "aw-flat":      ("grabcut",        "L_GC",    True,  "fr",    False),
@@ -80,9 +80,9 @@ FIXED = ("aw-mask", "aw-flat", "aw-one")    # rows whose attention is given, so 
 # DEPARTS: the paper prints lambda_AW 10, lambda_alpha 1 (Sect. 4.1). Eq. 3 and Eq. 8 have the same normaliser, so that
 # attention grows only where y_c > exp(-lambda_alpha / lambda_AW): at 10 and 1 above 0.905, where no new network is, and
 # it dies in the first steps. lambda_alpha = 5 lambda_AW holds it from y_c = 0.007 on; "printed" has the printed ones.
-# DEPARTS: the paper prints one learning rate, 1e-4. The encoder, taught by ImageNet, has it here too; what starts
-# fresh, pyramid and decoders, has ten times as much, as DeepLab's last layer. In shorter runs with the paper's product
-# of steps and rate one rate for all gave 10.1 mIoU on 21 classes, ten times as much for the fresh layers gave 44.3
+# DEPARTS: the paper prints one learning rate, 1e-4. The encoder, pretrained on ImageNet, has it here too; the new
+# layers, pyramid and decoders, have ten times as much, as DeepLab's last layer. In shorter runs with the paper's
+# product of steps and rate one rate for all gave 10.1 mIoU on 21 classes, ten times as much for the new layers 44.3
 # (docs/results.md, "The printed learning rate"). "printed" has 1e-4 for all. Not measured: with ResNet-101.
 # With --init (Table 5) these layers keep their rate, though they are not new: with a tenth of it 5 % of the masks
 # harmed less, and all of them gained nothing (docs/results.md, "Table 5").

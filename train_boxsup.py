@@ -22,7 +22,7 @@ Writes   in --out:
 The paper's algorithm (Fig. 1, Sect. 4.3) is **train()** below, in turn over the two sets of variables of Eq. 4:
     labels    network fixed: each box takes one of the k candidate segments of least cost E_o + lambda E_r, at random;
               the segment gets the class of the box, all else is background                **update_labels()**
-              (lambda is 0 for a box of which the network calls too little by its class: score_candidates())
+              (lambda is 0 where the network predicts too little of a box as its class: score_candidates())
     network   labels fixed: one epoch of cross-entropy by SGD
 "Our algorithm starts from the step of updating segment labels." The rest of this file says which images have which
 labels and what the rows of the tables set; what any training needs is in the last section of model.py.
@@ -146,14 +146,14 @@ def update_labels(scorer, images, boxed, previous, epoch, args, num_classes, int
             if interrupted:
                 raise Interrupted("in the label update")
             boxes, candidate_boxes = torch.from_numpy(c["boxes"]), torch.from_numpy(c["candidate_boxes"])
-            overlap = losses.overlap_cost(boxes, candidate_boxes).numpy()                         # (K, N), E_o
-            cost = overlap
+            E_o = losses.overlap_cost(boxes, candidate_boxes).numpy()                             # (K, N), Eq. 2
+            cost = E_o
             if scorer is not None and len(boxes):
                 cost = score_candidates(scorer, image, c, images.ids[index], args)    # (K, N), Eq. 4
             rng = np.random.default_rng((args.seed, epoch, index, 1))   # 1: not the stream that makes the image's crop
-            choice = choose(cost, overlap < 1, args.top_k, rng)                                   # (K,), of the N
+            choice = choose(cost, E_o < 1, args.top_k, rng)                                       # (K,), of the N
             labels = paint(c["superpixels"].shape, c["boxes"], c["classes"], segments_of(choice, c))        # (H, W)
-            yield index, choice, labels, measure(choice, cost, overlap, previous.get(index), args.top_k)
+            yield index, choice, labels, measure(choice, cost, E_o, previous.get(index), args.top_k)
 
     def write(job):
         index, choice, labels, measured = job
@@ -210,8 +210,10 @@ def choose(cost, overlaps, top_k, rng):
 
     cost (K, N); overlaps (K, N) bool, the candidates whose tight box meets the box -> (K,) int32.
     """
-    # PAPER SILENT: a box that no candidate overlaps; it keeps its rectangle. (Rarely a segment, though its tight box
-    # meets the box, has no pixel in it, and paints nothing: one of the five cheapest of 2 of 899 boxes of VOC's 2007.)
+    # PAPER SILENT: a box that no candidate overlaps; it keeps its rectangle.
+    # DEPARTS: Sect. 4.3 takes the smallest cost "among all candidates"; ours are those whose tight box meets the box,
+    # since others would paint nothing in it. (Rarely a segment whose tight box does has no pixel in the box, and paints
+    # nothing: one of the five cheapest of 2 of 899 boxes of VOC's 2007.)
     cost = np.where(overlaps, cost, np.inf)
     choice = np.full(len(cost), -1, np.int32)
     for k, row in enumerate(cost):
@@ -229,12 +231,12 @@ def segments_of(choice, candidates):
 def score_candidates(network, image, c, image_id, args):
     """Eq. 4 for an image (H, W, 3) and its candidates, as read_proposals() gives them -> (K, N) float32 array."""
     # PAPER SILENT: at which size the network sees an image here; its own, as at test (--val-scale).
-    # DEPARTS: lambda = 3 is printed as a constant. Ours holds for a box of which the network itself calls 0.3 or more
-    # by the box's class; for the others it is 0. A network takes what it does not recognize for background, and E_r is
-    # then smallest for the smallest segment. (What is thin or mostly hidden never fills 0.3 of its box, and stays with
-    # E_o: true masks fill less in 70 of 899 boxes of VOC's 2007.) After four epochs of 382 photographs lambda = 3 for
-    # every box made masks of 53.0 mIoU, E_o alone 65.8, and lambda = 3 for the boxes recognized 68.8 (docs/results.md,
-    # "Network feedback").
+    # DEPARTS: lambda = 3 is printed as a constant. Ours holds for a box if the network predicts the box's class in 0.3
+    # or more of its pixels; for the others it is 0. A network takes what it does not recognize for background, and E_r
+    # is then smallest for the smallest segment. (What is thin or mostly hidden never fills 0.3 of its box, and stays
+    # with E_o: true masks fill less in 70 of 899 boxes of VOC's 2007.) After four epochs of 382 photographs lambda = 3
+    # for every box made masks of 53.0 mIoU, E_o alone 65.8, and lambda = 3 for the boxes recognized 68.8
+    # (docs/results.md, "Network feedback").
     device = next(network.parameters()).device
     with torch.inference_mode():
         logits = full_size_logits(network, torch.from_numpy(image), args.val_scale)               # (C, H, W), float32
@@ -247,13 +249,13 @@ def score_candidates(network, image, c, image_id, args):
     return cost
 
 
-def measure(choice, cost, overlap, previous, top_k):
+def measure(choice, cost, E_o, previous, top_k):
     """What the report adds up over the images: boxes with a segment, boxes without; the cost and the box IoU of the
     segments; boxes whose choice changed; the mean box IoU of the segments among which E_o alone would draw."""
     assigned = np.flatnonzero(choice >= 0)
-    chosen, best = choice[assigned], np.sort(overlap[assigned], 1)[:, :top_k]
+    chosen, best = choice[assigned], np.sort(E_o[assigned], 1)[:, :top_k]
     return {"assigned": len(assigned), "rectangles": len(choice) - len(assigned),
-            "cost": float(cost[assigned, chosen].sum()), "box_iou": float((1 - overlap[assigned, chosen]).sum()),
+            "cost": float(cost[assigned, chosen].sum()), "box_iou": float((1 - E_o[assigned, chosen]).sum()),
             "changed": len(choice) if previous is None else int((choice != previous).sum()),
             "box_iou_alone": float(((1 - best).sum(1) / (best < 1).sum(1)).sum())}
 
@@ -331,7 +333,7 @@ def report_labels(images, boxed, epoch, scorer, sums, confusion, seconds, args, 
 # ---------------------------------------------------------------------------------------------------------------------
 
 def show_masks(images, first, out, epoch, count):
-    """Fig. 3: keeps this epoch's masks of a few images in out/epochs, and draws out/masks.png: a row an image, the
+    """Fig. 3: keeps this epoch's masks of a few images in out/epochs, and draws out/masks.png: one row per image, the
     image and its estimated masks over the epochs kept so far."""
     # PAPER SILENT: from when Fig. 3 counts: a mask there is "the supervision for the next epoch". Since the algorithm
     # starts with the masks, epoch 1's here are those with which epoch 1 trains, chosen by E_o alone.
@@ -493,8 +495,8 @@ def parse_arguments(argv):
         "without sampling)")
     add("--warm-up", type=int, default=1, metavar="EPOCHS", help="choose by E_o alone for so many epochs (ours: "
         "%(default)s, since an untrained network cannot choose; 0 is allowed with --init)")
-    add("--min-recognized", type=float, default=0.3, metavar="SHARE", help="lambda is 0 for a box of which the network "
-        "calls less than this share by its class (ours: %(default)s; 0: the printed constant lambda)")
+    add("--min-recognized", type=float, default=0.3, metavar="SHARE", help="lambda is 0 for a box if the network "
+        "predicts its class in less than this share of it (ours: %(default)s; 0: the printed constant lambda)")
     add("--lambda-r", type=float, default=3.0, metavar="LAMBDA", help="weight of Eq. 3 in Eq. 4 (paper: %(default)s)")
 
     add = parser.add_argument_group("network").add_argument
@@ -510,7 +512,7 @@ def parse_arguments(argv):
     add("--lr-drop", type=int, metavar="EPOCHS", help="divide it by 10 after every so many (paper: 15; default "
         "%(default)s)")
     add("--head-lr", type=float, metavar="FACTOR", help="learning rate of the last layer, which is new, in multiples "
-        "(baseline: 10; default %(default)s)")
+        "of --lr (baseline: 10; default %(default)s)")
     add("--momentum", type=float, default=0.9, help="(baseline: %(default)s)")
     add("--weight-decay", type=float, default=5e-4, help="(baseline: %(default)s)")
     add("--clip-norm", type=float, help="largest norm of the gradient, 0 for any (ours; default %(default)s)")
