@@ -570,12 +570,22 @@ def report(error, name, failed, count):
     if isinstance(error, torch.OutOfMemoryError):
         raise BadInput("the GPU's memory does not suffice: "
                        "give smaller --scales, --amp bf16, or --device cpu") from None
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        error = BadInput(f"{name}: the memory does not suffice: give smaller --scales, or leave it out")
     error = BadInput(f"--crf: {error}") if isinstance(error, BadKernel) else error
     kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
     tqdm.write(f"evaluate.py: {kind}{' '.join(str(error).split())}", file=sys.stderr)
     failed.append(name)
     if len(failed) == count:
         raise BadInput(f"none of the {count} images could be used, see above") if not kind else error
+
+
+def keep_labels(folders):
+    """Refuses to write into labels or candidates wherever they are (--out, --label-dir): training would take what is
+    written there for them."""
+    for folder in filter(None, folders):
+        if (folder / "source.json").exists():
+            raise BadInput(f"{folder}: holds labels or candidates (source.json), which training reads: name another")
 
 
 def write_json(path, content):
@@ -632,12 +642,13 @@ def evaluate(args):
     require_a_class(truths)
     noisy = [(args.pseudo_label_dir or voc) / kind for kind in ("BoxMasks", "GrabCutMasks")]
     for folder in filter(None, (args.labels, args.against, *noisy * bool(args.pictures or args.attention))):
-        check_classes(folder, names)
+        check_classes(folder, names, voc / "JPEGImages")
     given = [args.labels, args.against, args.list, *args.trimap_add, args.checkpoint and Path(args.checkpoint)]
     kinds = [*DATA, f"ImageSets/Segmentation/{args.split or 'val'}.txt"]
     keep_apart([args.save_png, args.pictures, args.attention, args.affinity],
                given + [base / kind for base in filter(None, (voc, args.pseudo_label_dir)) for kind in kinds],
                [args.json, args.trimap_plot])
+    keep_labels([args.save_png, args.pictures, args.attention, args.affinity])
 
     def read_labels(name):                                                          # truth and label PNG: (H, W) uint8
         truth = read_label(truth_path(voc, name, args.against), None, len(names))
@@ -689,12 +700,14 @@ def evaluate(args):
     result = {**score(confusion, names), "images": len(per_image), "failed": failed}
     if bands:
         result["trimap"] = trimap_scores(confusion, bands)
-    if args.json:                                       # before a print that may fail, of a log on a full disk
-        write_json(args.json, result)
-    text = table(result)
-    print(text.replace("pixel accuracy", "pixel agreement") if args.against else text)
-    if bands:
-        print("\n" + trimap_table(result["trimap"]))
+    try:                                                # a full disk may take the one or the other
+        if args.json:
+            write_json(args.json, result)
+    finally:
+        text = table(result)
+        print(text.replace("pixel accuracy", "pixel agreement") if args.against else text)
+        if bands:
+            print("\n" + trimap_table(result["trimap"]))
     save_pictures(voc, per_image, predicted, network, names, args)
     if args.trimap_plot:
         runs = {own: result["trimap"], **others}
@@ -728,6 +741,7 @@ def predict_folder(args):
         raise BadInput(f"no images in {args.images}: expected {' '.join(suffixes)}")
     data = args.out.parent if (args.out.parent / "JPEGImages").is_dir() else args.out
     keep_apart([args.out, args.out / "overlay"], [args.images, *(data / kind for kind in DATA)])
+    keep_labels([args.out])
 
     def read(name):
         return (read_image(paths[name]),) * 2                                       # one of them comes back with labels
@@ -985,11 +999,17 @@ def read_source(folder):
                        "make it again") from None
 
 
-def check_classes(folder, names):
-    """Refuses a folder of labels that was made with other class names: its indices would mean other classes."""
-    there = read_source(folder)["class_names"] if (Path(folder) / "source.json").exists() else names
-    if there != names:
-        raise BadInput(f"{folder}: made with other class_names ({' '.join(there)}): delete it and make it again")
+def check_classes(folder, names, images=None):
+    """Refuses a folder of labels that was made with other class names: its indices would mean other classes; or, where
+    the images' folder is given, of other images, whose ids may be the same."""
+    if not (Path(folder) / "source.json").exists():
+        return
+    there = read_source(folder)
+    if there["class_names"] != names:
+        raise BadInput(f"{folder}: made with other class_names ({' '.join(there['class_names'])}): delete it and make "
+                       "it again")
+    if images and there["images"].is_dir() and not there["images"].samefile(images):
+        raise BadInput(f"{folder}: made of other images ({there['images'].resolve()}): name the one made of {images}")
 
 
 def keep_apart(folders, inputs, files=()):

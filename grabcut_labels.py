@@ -819,11 +819,17 @@ def read_source(folder):
                        "make it again") from None
 
 
-def check_classes(folder, names):
-    """Refuses a folder of labels that was made with other class names: its indices would mean other classes."""
-    there = read_source(folder)["class_names"] if (Path(folder) / "source.json").exists() else names
-    if there != names:
-        raise BadInput(f"{folder}: made with other class_names ({' '.join(there)}): delete it and make it again")
+def check_classes(folder, names, images=None):
+    """Refuses a folder of labels that was made with other class names: its indices would mean other classes; or, where
+    the images' folder is given, of other images, whose ids may be the same."""
+    if not (Path(folder) / "source.json").exists():
+        return
+    there = read_source(folder)
+    if there["class_names"] != names:
+        raise BadInput(f"{folder}: made with other class_names ({' '.join(there['class_names'])}): delete it and make "
+                       "it again")
+    if images and there["images"].is_dir() and not there["images"].samefile(images):
+        raise BadInput(f"{folder}: made of other images ({there['images'].resolve()}): name the one made of {images}")
 
 
 def keep_apart(folders, inputs, files=()):
@@ -1508,12 +1514,12 @@ def draw_sheet(voc, ids, folders, path, annotated=True):
     names, rows = class_names(voc), []
     for image_id in ids:
         image = read_image(find_image(Path(voc) / "JPEGImages", image_id))
-        size, scale = image.shape[:2], 240 / image.shape[0]
+        size, scale = image.shape[:2], min(240 / image.shape[0], 960 / image.shape[1])
         panels = [image]
         for folder in folders:
             labels = read_label(folder / f"{image_id}.png", size, len(names))
             panels.append((0.4 * image + 0.6 * np.where(labels[..., None], voc_palette()[labels], 0)).astype(np.uint8))
-        panels = [cv2.resize(panel, (max(1, round(scale * size[1])), 240)) for panel in panels]
+        panels = [cv2.resize(panel, [max(1, round(scale * side)) for side in size[::-1]]) for panel in panels]
         xml = Path(voc) / "Annotations" / f"{image_id}.xml"
         boxes, classes = read_boxes(xml, names, size) if annotated else ([], [])
         for k in larger_first(boxes):

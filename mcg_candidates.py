@@ -942,11 +942,17 @@ def read_source(folder):
                        "make it again") from None
 
 
-def check_classes(folder, names):
-    """Refuses a folder of labels that was made with other class names: its indices would mean other classes."""
-    there = read_source(folder)["class_names"] if (Path(folder) / "source.json").exists() else names
-    if there != names:
-        raise BadInput(f"{folder}: made with other class_names ({' '.join(there)}): delete it and make it again")
+def check_classes(folder, names, images=None):
+    """Refuses a folder of labels that was made with other class names: its indices would mean other classes; or, where
+    the images' folder is given, of other images, whose ids may be the same."""
+    if not (Path(folder) / "source.json").exists():
+        return
+    there = read_source(folder)
+    if there["class_names"] != names:
+        raise BadInput(f"{folder}: made with other class_names ({' '.join(there['class_names'])}): delete it and make "
+                       "it again")
+    if images and there["images"].is_dir() and not there["images"].samefile(images):
+        raise BadInput(f"{folder}: made of other images ({there['images'].resolve()}): name the one made of {images}")
 
 
 def keep_apart(folders, inputs, files=()):

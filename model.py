@@ -100,6 +100,11 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:                           # Windows
+    fcntl = None
+
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "efficientnet_lite0")
 BINS = (1, 2, 3, 6)                           # side of the pooled maps: PSPNet's and UPerNet's
 
@@ -702,6 +707,8 @@ def load_network(path, device="cpu"):
         fits = False
     if not fits:
         raise BadInput(f"{path}: its weights, arch and class_names do not fit together; {remedy}, of this version")
+    if not all(t.isfinite().all() for t in network.state_dict().values()):
+        raise BadInput(f"{path}: its weights are not finite; {remedy}")
     return network.eval().to(device), checkpoint
 
 
@@ -780,9 +787,16 @@ def run_script(main, script, user_errors, choose):
         few = error.errno in (errno.EMFILE, errno.ENOMEM)
         print(f"{script}: {error}: " + ("give fewer --workers" if few else f"choose another {choose}"), file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:               # of a GPU; of the machine's memory it is a RuntimeError
-        print(f"{script}: {str(error).split('. ')[0]}: give a smaller --batch-size or --crop, or, in validation and "
-              "label updates, --val-scale", file=sys.stderr)
+    except (RuntimeError, MemoryError) as error:
+        if "shared memory" in str(error):                 # /dev/shm, of which Docker gives 64 MB
+            print(f"{script}: too little shared memory for the data workers: give --workers 0, or more of it (docker "
+                  "run --shm-size 8g)", file=sys.stderr)
+            return 2
+        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)):
+            raise
+        what = (str(error).strip() or "out of memory").splitlines()[-1].split(". ")[0]
+        print(f"{script}: {what}: give a smaller --batch-size or --crop, "
+              "or, in validation and label updates, --val-scale", file=sys.stderr)
         return 2
     except KeyboardInterrupt:     # before the first step, or the second one, or with several processes
         print(f"{script}: interrupted", file=sys.stderr)
@@ -875,14 +889,15 @@ def check_arguments(args, device, out, more):
         (not args.freeze_bn or args.pretrained or args.weights or args.init,
          "--freeze-bn: a network from scratch has no statistics to keep; give --no-freeze-bn"),
         (args.crop >= 32, f"--crop {args.crop}: expected 32 or more"),
-        (0 < args.scale[0] <= args.scale[1], f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX"),
+        (0 < args.scale[0] <= args.scale[1] < math.inf,
+         f"--scale {args.scale[0]} {args.scale[1]}: expected 0 < MIN <= MAX"),
         (min(args.workers, args.seed, args.clip_norm, args.encoder_lr) >= 0,
          "--workers, --seed, --clip-norm, --encoder-lr: expected 0 or more"),
         (0 <= args.colour < 1, f"--colour {args.colour}: expected 0 <= colour < 1"),
         (min(args.log_every, args.save_every, args.val_every) >= 1, "--log-, --save-, --val-every: expected 1 or more"),
         (min(args.lr, args.momentum, args.weight_decay) >= 0,
          "--lr, --momentum, --weight-decay: expected 0 or more"),
-        (args.val_scale > 0, f"--val-scale {args.val_scale}: expected more than 0"),
+        (0 < args.val_scale < math.inf, f"--val-scale {args.val_scale}: expected more than 0"),
         (not args.sync_bn or device.type == "cuda", "--sync-bn: PyTorch has it on CUDA only; leave it out"),
         *more,
         (args.resume or not args.init or Path(args.init).resolve().parent != out.resolve(),
@@ -1036,7 +1051,8 @@ def in_parallel(network, compiled):
 def save_checkpoint(path, network, optimizer, scaler, args, names, ids, **more):
     """All that changes in training. Under a temporary name first: an interrupt leaves the old one, never half of a new
     one. Raises BadInput instead if a weight is not finite."""
-    if not all(p.isfinite().all() for p in network.parameters()):   # a finite loss can have a gradient that is not
+    if not all(t.isfinite().all() for t in network.state_dict().values()):  # a finite loss can have a gradient that is
+        # not, and a network whose loss is finite in training mode BatchNorm statistics that are not
         where = f"step {more['step']}" + (f" of stage {more['stage']}" if "stage" in more else "")
         raise BadInput(f"the weights are not finite after {where}: stopped; try a lower --lr")
     if rank_and_world()[0] == 0:
@@ -1046,8 +1062,9 @@ def save_checkpoint(path, network, optimizer, scaler, args, names, ids, **more):
                         "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), **more}, f"{path}.tmp")
             os.replace(f"{path}.tmp", path)
         except (OSError, RuntimeError) as error:              # to torch a full disk is a RuntimeError
-            raise BadInput(f"{path}: cannot be written ({str(error).splitlines()[0]}): make room, then --resume"
-                           ) from None
+            Path(f"{path}.tmp").unlink(missing_ok=True)         # it is large
+            raise BadInput(f"{path}: cannot be written ({str(error).splitlines()[0]}): make room, then " + (
+                "--resume" if (path.parent / "last.pt").exists() else "start again")) from None
 
 
 def load_checkpoint(path):
@@ -1090,6 +1107,23 @@ def check_images(ids, names, list_file, args, saved, out):
         most = len(ids) // world * world                    # each process takes as many
         raise BadInput(f"{len(ids)} images of {list_file} are less than one batch: give " + (
             f"--batch-size {most} or less" if most >= 2 * world else "more images"))
+
+
+LOCKS = []      # files that stay open as long as the process
+
+
+def hold_folder(out):
+    """Refuses a folder in which another training is at work: two would overwrite each other's files. (Not on Windows,
+    nor on disks without locks.)"""
+    if fcntl is None or rank_and_world()[0]:
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    LOCKS.append(open(out / ".lock", "w"))
+    try:
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)     # the system lifts it, however the process ends
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BadInput(f"{out}: another training is at work there: wait for it, or name another --out") from None
 
 
 def say_what_a_crop_sees(files, n, args):

@@ -51,8 +51,8 @@ from mcg_candidates import (check_classes, class_names, find_image, find_voc, la
                             voc_palette, write_label, writing)
 from model import (BACKBONES, BadInput, Box2SegNet, DeepLabVGG16, Interrupted, Progress, add_common_arguments, barrier,
                    catch_interrupts, check_arguments, check_images, download_voc, evaluating, finish, full_size_logits,
-                   in_parallel, make_optimizer, mixed_precision, normalize, parse, pick_device, place_network,
-                   print_rank0, random_crop, rank_and_world, resume_run, run_script, save_checkpoint,
+                   hold_folder, in_parallel, make_optimizer, mixed_precision, normalize, parse, pick_device,
+                   place_network, print_rank0, random_crop, rank_and_world, resume_run, run_script, save_checkpoint,
                    say_what_a_crop_sees, say_without_effect, seed_of, sgd_step, start_log, start_processes, to_cells,
                    validate, write_log)
 
@@ -351,7 +351,7 @@ def show_masks(images, first, out, epoch, count):
                 strength = (labels > 0)[..., None] * 0.7                                          # (H, W, 1)
                 mixed = (1 - strength) * 0.6 * image.mean(2, keepdims=True) + strength * colours[labels]
                 panels.append((f"epoch {kept}", mixed.astype(np.uint8)))
-        width = max(60, round(image.shape[1] * height / image.shape[0]))
+        width = min(max(60, round(image.shape[1] * height / image.shape[0])), 6 * height)
         row = []
         for caption, panel in panels:
             panel = cv2.copyMakeBorder(cv2.resize(panel, (width, height), interpolation=cv2.INTER_AREA), 22, 4, 2, 2,
@@ -622,9 +622,26 @@ def write_rectangles(images, indices, names, keep):
         write_label(label_file, paint(size, boxes, classes, [None] * len(boxes)))
 
 
-def made_from(images, args, names):
+def check_grabcut(images, folder, names, args):
+    """--supervision grabcut: refuses masks of other classes or images, and of boxes that were corrected since: the
+    annotation is newer than B, which lies beside M, and draws another one."""
+    check_classes(folder, names, images.voc / "JPEGImages")
+    for index in images.listed_boxes:
+        image_id = images.ids[index]
+        annotation, B = images.voc / "Annotations" / f"{image_id}.xml", folder.parent / "BoxMasks" / f"{image_id}.png"
+        if annotation.exists() and B.exists() and annotation.stat().st_mtime > B.stat().st_mtime:
+            drawn = read_label(B)
+            boxes, classes = read_boxes(annotation, names, drawn.shape)
+            if not np.array_equal(drawn, paint(drawn.shape, boxes, classes, [None] * len(boxes))):
+                raise BadInput(f"{annotation}: corrected since the masks in {folder} were made: make its mask anew by "
+                               f"python grabcut_labels.py --data {args.data}" +
+                               f" --out {folder.parent}" * bool(args.grabcut))
+
+
+def made_from(images, args):
     """What choices and labels depend on, so that --resume notices a change: for each source how many images it has and
-    what they learn from, a fingerprint of all candidates' boxes, and what the GrabCut masks' source.json says."""
+    what they learn from, a fingerprint of all candidates' boxes or of the rectangles' annotations, and what the GrabCut
+    masks' source.json says."""
     made, folder = {"proposals": 0}, Path(args.grabcut or images.voc / "GrabCutMasks")
     made["sources"] = [(images.source_of.count(k), "candidates" if candidates else "labels" if labels else "truth")
                        for k, (_, candidates, labels) in enumerate(images.sources)]
@@ -636,8 +653,11 @@ def made_from(images, args, names):
                     made["proposals"] = zlib.crc32(file[name].tobytes(), made["proposals"])
         except Exception:   # of broken bytes NumPy raises nearly anything; the label update will name the file
             pass
+    if args.supervision == "rectangles":
+        for index in images.listed_boxes:
+            annotation = images.voc / "Annotations" / f"{images.ids[index]}.xml"
+            made["boxes"] = zlib.crc32(annotation.read_bytes(), made.get("boxes", 0))
     if args.supervision == "grabcut":
-        check_classes(folder, names)
         source = read_source(folder) if (folder / "source.json").exists() else None         # None: of unknown make
         made["grabcut"] = source and {key: value for key, value in source.items() if key != "images"}
     return made
@@ -664,6 +684,8 @@ def make_labels(images, names, list_file, args, saved):
         if args.supervision == "rectangles":
             write_rectangles(images, indices, names, keep=bool(saved))
     barrier()
+    if args.supervision == "grabcut":
+        check_grabcut(images, Path(args.grabcut or images.voc / "GrabCutMasks"), names, args)
     for index in range(len(images.ids)):
         image_file, label_file, candidates = images.files(index)
         for path in (image_file, candidates or label_file):
@@ -692,6 +714,7 @@ def main(argv):
     images, list_file = training_images(voc, names, args, out)
     n, boxed = len(images.ids), images.updated
     check_images(images.ids, names, list_file, args, saved, out)
+    hold_folder(out)
     if args.supervision != "candidates" or not images.listed_boxes:
         idle = set() if boxed else {"top_k", "warm_up", "min_recognized", "lambda_r", "show_epochs", "show_images"}
         say_without_effect({"method"} | idle, given, "since no box of the list chooses a candidate")
@@ -701,7 +724,7 @@ def main(argv):
         require_a_class(images.files(index)[1] for index in range(n) if index not in boxed)
     if not saved:
         say_what_a_crop_sees(images.files, n, args)
-    made_of = made_from(images, args, names)
+    made_of = made_from(images, args)
     # (A checkpoint of before there was one of these fingerprints lacks it.)
     if saved and any(saved.get("made_of", {}).get(key, value) != value for key, value in made_of.items()):
         raise BadInput(f"{out / 'last.pt'}: the run had other candidates, boxes, true or GrabCut masks than these: "

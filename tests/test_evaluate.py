@@ -247,6 +247,28 @@ def test_scores_are_kept_where_the_table_cannot_be_printed(toy, tmp_path):
     assert json.loads((tmp_path / "scores.json").read_text())["images"] == 2
 
 
+def test_the_table_is_printed_where_scores_cannot_be_kept(toy):
+    status, out, error = run("--data", toy, "--labels", toy / "GrabCutMasks", "--json", "/proc/nowhere/s.json")
+    assert status == 2 and "s.json: cannot be written" in error and "mIoU" in out
+
+
+def test_labels_of_other_images_are_not_scored(copy, toy, tmp_path):
+    """Their ids may be the same. Where the folder of their images is not there, they came along with a copy."""
+    source = {"images": str(toy / "JPEGImages"), "class_names": CLASS_NAMES, "method": "grabcut"}
+    (copy / "GrabCutMasks" / "source.json").write_text(json.dumps(source))
+    assert "made of other images" in refused("--data", copy, "--labels", copy / "GrabCutMasks")
+    for images in (copy / "JPEGImages", tmp_path / "nowhere"):
+        (copy / "GrabCutMasks" / "source.json").write_text(json.dumps(source | {"images": str(images)}))
+        assert run("--data", copy, "--labels", copy / "GrabCutMasks")[0] == 0
+
+
+def test_predictions_are_not_written_over_labels(toy, checkpoint, tmp_path):
+    (tmp_path / "source.json").write_text("{}")
+    for flags in (["--split", "val", "--save-png"], ["--images", toy / "JPEGImages", "--out"]):
+        assert "holds labels or candidates" in refused("--data", toy, "--checkpoint", checkpoint, *flags, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["source.json"]
+
+
 def test_figures_of_several_kinds_predict_once(toy, checkpoint, tmp_path, monkeypatch):
     calls, original = [], evaluate.predict
     monkeypatch.setattr(evaluate, "predict", lambda *a: calls.append(a) or original(*a))

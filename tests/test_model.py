@@ -610,6 +610,10 @@ def test_load_network_failures(tmp_path):
            "wide": {**good, "arch": {**network.arch, "width": 16}}}
     for name, content in bad.items():
         torch.save(content, tmp_path / f"{name}.pth")
+    broken = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    next(tensor for name, tensor in broken.items() if name.endswith("running_var"))[0] = torch.nan
+    bad["nan"] = {**good, "model": broken}                  # whose every prediction would be background
+    torch.save(bad["nan"], tmp_path / "nan.pth")
     for name in [*bad, "cut", "absent"]:
         with pytest.raises(ValueError, match=f"{name}.pth: .*train_box2seg.py") as caught:
             load_network(tmp_path / f"{name}.pth")
@@ -1029,6 +1033,30 @@ def test_a_gpu_out_of_memory_is_one_line(capsys):
     assert run_script(main, "train.py", [], "--out") == 2
     assert capsys.readouterr().err == ("train.py: CUDA out of memory: give a smaller --batch-size or --crop, or, in "
                                        "validation and label updates, --val-scale\n")
+
+
+@pytest.mark.parametrize("error, words", [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to ..."),
+     "--val-scale"), (MemoryError(), "out of memory: give a smaller --batch-size"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers "
+                  "are out of shared memory. Please try to raise your shared memory limit."), "--workers 0"),
+    (RuntimeError("unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"),
+     "--shm-size")])
+def test_too_little_memory_is_one_line(error, words, capsys):
+    def main(_):
+        raise error
+
+    assert run_script(main, "train.py", [], "--out") == 2
+    said = capsys.readouterr().err
+    assert words in said and said.count("\n") == 1
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    def main(_):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        run_script(main, "train.py", [], "--out")
 
 
 def test_on_a_gpu_nothing_is_made_on_the_cpu():

@@ -856,7 +856,8 @@ def test_a_run_that_goes_on_with_corrected_boxes_says_so(tmp_path, capsys):
     ("--loss aw-flat --lambda-alpha 2 --gamma 0.5 --pretrain-epochs 0", "--embedding-dim --lambda-alpha"),
     ("--loss aw-flat --lambda-aw 0 --gamma 0.5 --pretrain-epochs 0", "--embedding-dim --gamma"),
     ("--loss box2seg --lambda-a 0 --pretrain-epochs 0", "--embedding-dim"),
-    ("--loss mask --label-dir there --pretrain-epochs 0", "--label-dir --embedding-dim"),
+    ("--loss mask --label-dir there --pretrain-epochs 0 --masks 1.0", "--label-dir --embedding-dim"),
+    ("--loss box2seg --masks 1.0", "--masks"),
     ("--loss box2seg --gamma 0.5 --lambda-aw 2 --lambda-alpha 9 --lambda-a 2 --label-dir there", "")])
 def test_flags_without_effect_are_named(flags, named, capsys):
     """In the order of --help. (TINY has --embedding-dim 8 and --pretrain-epochs 1.)"""
@@ -928,6 +929,8 @@ def test_a_corrupt_picture_met_by_a_worker_is_one_line(toy, tmp_path):
     (["--momentum", "-1"], "--momentum"),
     (["--weight-decay", "-1"], "--weight-decay"),
     (["--masks", "0.5", "--loss", "box"], "--loss mask"),
+    (["--val-scale", "inf"], "--val-scale inf"),
+    (["--scale", "0.5", "inf"], "--scale 0.5 inf"),
     (["--split", "nosuch"], "nosuch.txt"),
     (["--weights", "nosuch.pth"], "nosuch.pth"),
     (["--init", "nosuch.pt"], "nosuch.pt"),
@@ -962,6 +965,44 @@ def test_an_existing_run_is_neither_overwritten_nor_resumed_with_other_arguments
     with pytest.raises(train_box2seg.BadInput, match="has a best.pt: --overwrite"):
         train(toy, tmp_path)
     assert (tmp_path / "best.pt").exists()
+
+
+def test_a_folder_in_which_a_training_is_at_work_is_refused(toy, tmp_path):
+    """Until the other process ends, however it ends."""
+    code = "import model, pathlib, sys; model.hold_folder(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path / "out"], cwd=SCRIPT.parent, stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"1\n"
+    with pytest.raises(BadInput, match="out: another training is at work there"):
+        train(toy, tmp_path / "out", "--loss", "mask")
+    assert not (tmp_path / "out" / "log.jsonl").exists()
+    other.kill()
+    other.communicate()
+    assert train(toy, tmp_path / "out", "--loss", "mask", "--epochs", 1) == 0
+
+
+def test_a_disk_that_fills_up_keeps_no_half_of_a_checkpoint(tmp_path, monkeypatch):
+    """And --resume is the remedy where there is something to go on from."""
+    def full(_, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("unexpected pos 64 vs 0\nframe 1")
+
+    network = Box2SegNet(3, "efficientnet_lite0", pretrained=False, width=8)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    save = functools.partial(model.save_checkpoint, tmp_path / "best.pt", network, optimizer,
+                             torch.amp.GradScaler("cpu", enabled=False), SimpleNamespace(), [], [], step=1)
+    save()
+    network.segmentation[1].running_var[0] = torch.nan      # the statistics are not finite, though all weights are
+    with pytest.raises(BadInput, match="not finite after step 1"):
+        save()
+    network.segmentation[1].running_var[0] = 1
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(BadInput, match="best.pt: cannot be written .unexpected pos 64 vs 0.: .*then start again"):
+        save()
+    (tmp_path / "last.pt").touch()
+    with pytest.raises(BadInput, match="make room, then --resume"):
+        save()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt"]
 
 
 def test_a_run_goes_on_with_as_many_processes_as_it_had(toy, tmp_path, whole_run):

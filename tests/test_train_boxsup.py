@@ -16,6 +16,7 @@ import torch
 from conftest import kept_signals, refused
 from toy_voc import make_toy_voc
 
+import grabcut_labels
 import losses
 import mcg_candidates
 import train_boxsup
@@ -468,6 +469,56 @@ def test_grabcut_masks_are_told_apart_beside_extra_boxes(toy, tmp_path):
     (tmp_path / "source.json").write_text(json.dumps(source | {"min_fill": 0.5}))
     with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes, true or GrabCut masks"):
         train_boxsup.main(["--resume", "--out", str(tmp_path / "out"), "--device", "cpu"])
+
+
+def test_grabcut_masks_of_other_images_or_boxes_are_refused(tmp_path):
+    """Two sets may have the same ids. An annotation that is newer, but draws the same boxes, changes nothing."""
+    data, other = draw(tmp_path / "a", 5, 1), draw(tmp_path / "b", 5, 2)
+    ids = read_list(data / "VOC2012" / "ImageSets" / "Segmentation" / "train.txt")
+    for devkit in (data, other):
+        grabcut_labels.make_labels(devkit / "VOC2012", ids)
+    flags = "--supervision", "grabcut", "--epochs", 1
+    with pytest.raises(train_boxsup.BadFile, match="GrabCutMasks: made of other images .*b.VOCdevkit"):
+        train(data, tmp_path / "out", *flags, "--grabcut", other / "VOC2012" / "GrabCutMasks")
+    annotation = data / "VOC2012" / "Annotations" / "toy_train_00001.xml"
+    later = time.time() + 60
+    os.utime(annotation, (later, later))
+    assert train(data, tmp_path / "out", *flags) == 0
+    text = annotation.read_text()
+    annotation.write_text(text[:text.index("<object>")] + "</annotation>")
+    os.utime(annotation, (later, later))
+    with pytest.raises(train_boxsup.BadInput, match="toy_train_00001.xml: corrected since .* python grabcut_labels.py"):
+        train(data, tmp_path / "new", *flags)
+    summary = grabcut_labels.make_labels(data / "VOC2012", ids)
+    os.utime(data / "VOC2012" / "BoxMasks" / "toy_train_00001.png", (later + 1, later + 1))
+    assert summary["corrected"] == 1 and train(data, tmp_path / "new", *flags) == 0
+
+
+def test_rectangles_of_a_run_that_goes_on_are_all_of_the_same_boxes(tmp_path):
+    data, out = draw(tmp_path, 5, 1), tmp_path / "out"
+    assert train(data, out, "--supervision", "rectangles", "--epochs", 1) == 0
+    resume = ["--resume", "--out", str(out), "--device", "cpu"]
+    assert train_boxsup.main(resume) == 0
+    annotation = data / "VOC2012" / "Annotations" / "toy_train_00001.xml"
+    annotation.write_text(annotation.read_text().replace("<xmin>", "<xmin>1", 1))
+    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes, true or GrabCut masks"):
+        train_boxsup.main(resume)
+
+
+def test_a_panorama_makes_no_sheet_that_the_memory_cannot_hold(toy, tmp_path):
+    """Fig. 3's panels, and those of the sheet of labels, are at most 6 and 4 times as wide as high."""
+    voc = tmp_path / "VOC2012"
+    for name in ("JPEGImages", "Annotations", "BoxMasks"):
+        (voc / name).mkdir(parents=True)
+    cv2.imwrite(str(voc / "JPEGImages" / "wide.png"), np.zeros((1, 4000, 3), np.uint8))
+    (voc / "Annotations" / "wide.xml").write_text("<annotation></annotation>")
+    train_boxsup.write_label(voc / "BoxMasks" / "wide.png", np.zeros((1, 4000), np.uint8))
+    grabcut_labels.draw_sheet(voc, ["wide"], [voc / "BoxMasks"], tmp_path / "sheet.png")
+    assert cv2.imread(str(tmp_path / "sheet.png")).shape[1] == 2 * 960
+    images = train_boxsup.Images(voc)
+    images.add(["wide"], voc / "JPEGImages", None, voc / "BoxMasks")
+    train_boxsup.show_masks(images, 0, tmp_path, 1, 1)
+    assert cv2.imread(str(tmp_path / "masks.png")).shape[1] == 2 * (6 * 160 + 4)
 
 
 def test_a_box_more_or_a_segment_less_is_told_on_resume(tmp_path):
