@@ -746,7 +746,8 @@ def read_label(path, size=None, num_classes=None):
     except FileNotFoundError:
         raise BadInput(f"no label {path}") from None
     except Exception as error:  # broken bytes make decoders raise nearly anything
-        raise BadInput(f"{path}: not a readable PNG ({' '.join(str(error).split())}): make it again") from None
+        raise BadInput(f"{path}: not a readable PNG ({' '.join(str(error).split())}): delete it and make it "
+                       "again") from None
     if mode not in ("P", "L", "1"):
         raise BadInput(f"{path}: a {mode} image, not class indices: save it as an 8-bit palette PNG")
     if mode != "P" and depth in ("1", "2", "4"):
@@ -758,7 +759,8 @@ def read_label(path, size=None, num_classes=None):
         if all(said) and sum(said, []) != used and len(set(map(tuple, said))) == len(used):
             raise BadInput(f"{path}: its colours are VOC's, its indices are not: save it with VOC's palette in order")
     if size is not None and labels.shape != tuple(size):
-        raise BadInput(f"{path}: {labels.shape[1]}x{labels.shape[0]}, its image {size[1]}x{size[0]}: make it again")
+        raise BadInput(f"{path}: {labels.shape[1]}x{labels.shape[0]}, its image {size[1]}x{size[0]}: delete it and "
+                       "make it again")
     if num_classes is not None and (worst := labels[labels < 255].max(initial=0)) >= num_classes:
         raise BadInput(f"{path}: holds class {worst}, but there are {num_classes} classes: check class_names.txt")
     return labels

@@ -965,9 +965,13 @@ def start_processes(args, device):
     return device
 
 
+HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []       # sent when a terminal is closed; not on Windows
+
+
 def catch_interrupts():
-    """-> a list that is empty until Ctrl-C or a polite kill: the first one lets the step finish, a second one leaves at
-    once. Several processes would not stop at the same step, so there the last regular checkpoint is what remains."""
+    """-> a list that is empty until Ctrl-C, a polite kill, or until the terminal is closed: the first one lets the step
+    finish, a second one leaves at once. Several processes would not stop at the same step, so there the last regular
+    checkpoint is what remains."""
     interrupted = []
 
     def interrupt(number, _):
@@ -975,8 +979,9 @@ def catch_interrupts():
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
     if not dist.is_initialized():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM, *HANGUP):
+            if signal.getsignal(number) != signal.SIG_IGN or number not in HANGUP:      # nohup wants no stop
+                signal.signal(number, interrupt)
     return interrupted
 
 
@@ -1126,6 +1131,13 @@ def hold_folder(out):
             raise BadInput(f"{out}: another training is at work there: wait for it, or name another --out") from None
 
 
+def say_what_is_trained_on(trained, val_ids, split):
+    """A line where images of the validation list are trained on: their score says little of other images."""
+    if both := set(trained) & set(val_ids):
+        print_rank0(f"{len(both)} of the {len(val_ids)} images of {split}.txt are trained on, too ({min(both)}, for "
+                    "one): mIoU flatters, and best.pt is chosen by it; give another --val-split, or none")
+
+
 def say_what_a_crop_sees(files, n, args):
     """A line where the images are so large that a crop shows next to nothing of them: a phone's photographs, say.
 
@@ -1231,7 +1243,8 @@ def quiet_worker(_):
     validation to finish: the first polite kill passes a worker by, the second one, perhaps the parent's own, ends it.
     (Of a parent that is gone it learns by itself, within seconds.)"""
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, *HANGUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 

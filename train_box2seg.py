@@ -40,7 +40,8 @@ from model import (BACKBONES, BadInput, Box2SegNet, Interrupted, Progress, add_c
                    catch_interrupts, check_arguments, check_images, download_voc, finish, hold_folder, in_parallel,
                    make_optimizer, mixed_precision, normalize, parse, pick_device, place_network, print_rank0,
                    random_crop, rank_and_world, resume_run, run_script, save_checkpoint, say_what_a_crop_sees,
-                   say_without_effect, seed_of, sgd_step, start_log, start_processes, to_cells, validate)
+                   say_what_is_trained_on, say_without_effect, seed_of, sgd_step, start_log, start_processes, to_cells,
+                   validate)
 
 # What --loss trains on. Table 3: Box 59.3, GrabCut 72.7, Affinity 73.9, AW-box 74.1, AW-fr 74.6, Box2Seg 74.9 mIoU.
 # Table 4: mask 73.6, mask-aw 75.1.
@@ -432,6 +433,7 @@ def main(argv):
     _, _, with_aw, _, with_a = ROWS[args.loss]
     with_aw, with_a = with_aw and args.lambda_aw > 0, with_a and args.lambda_a > 0  # no branch that nothing trains
     val_ids = validation_list(voc, args.val_split, len(names))
+    say_what_is_trained_on(ids, val_ids, args.val_split)
     crops, made_of = make_crops(voc, ids, list_file, len(names), args, with_aw, saved)
     if not saved:
         say_what_a_crop_sees(crops.files, len(ids), args)

@@ -53,8 +53,8 @@ from model import (BACKBONES, BadInput, Box2SegNet, DeepLabVGG16, Interrupted, P
                    catch_interrupts, check_arguments, check_images, download_voc, evaluating, finish, full_size_logits,
                    hold_folder, in_parallel, make_optimizer, mixed_precision, normalize, parse, pick_device,
                    place_network, print_rank0, random_crop, rank_and_world, resume_run, run_script, save_checkpoint,
-                   say_what_a_crop_sees, say_without_effect, seed_of, sgd_step, start_log, start_processes, to_cells,
-                   validate, write_log)
+                   say_what_a_crop_sees, say_what_is_trained_on, say_without_effect, seed_of, sgd_step, start_log,
+                   start_processes, to_cells, validate, write_log)
 
 # mIoU on val in the paper. Table 1: boxes only 62.0, 1,464 masks and 9,118 boxes 63.5, masks only 63.8.
 # Table 2: rectangles 52.3, GrabCut 55.2, without sampling (--top-k 1) 59.7. Table 3: SS 59.5, GOP 60.4, MCG 62.0.
@@ -460,6 +460,11 @@ class Images:
         self.source_of += [len(self.sources)] * len(ids)
         self.sources.append((image_dir, candidates, labels))
 
+    def of(self, image_dir):
+        """The ids of all sources whose images lie there; those of other sets may be the same."""
+        here = [folder.resolve() == image_dir.resolve() for folder, _, _ in self.sources]
+        return [image_id for image_id, source in zip(self.ids, self.source_of) if here[source]]
+
     def files(self, index):
         """-> image, label map, candidates (None where there are none)."""
         image_id, (image_dir, candidates, labels) = self.ids[index], self.sources[self.source_of[index]]
@@ -640,9 +645,9 @@ def check_grabcut(images, folder, names, args):
 
 def made_from(images, args):
     """What choices and labels depend on, so that --resume notices a change: for each source how many images it has and
-    what they learn from, a fingerprint of all candidates' boxes or of the rectangles' annotations, and what the GrabCut
-    masks' source.json says."""
-    made, folder = {"proposals": 0}, Path(args.grabcut or images.voc / "GrabCutMasks")
+    what they learn from, a fingerprint of all candidates' boxes, of the true masks and of the rectangles' annotations,
+    and what the GrabCut masks' source.json says."""
+    made, folder = {"proposals": 0, "masks": 0}, Path(args.grabcut or images.voc / "GrabCutMasks")
     made["sources"] = [(images.source_of.count(k), "candidates" if candidates else "labels" if labels else "truth")
                        for k, (_, candidates, labels) in enumerate(images.sources)]
     for index in tqdm(images.updated, "boxes of the candidates", leave=False, unit="image",
@@ -653,6 +658,8 @@ def made_from(images, args):
                     made["proposals"] = zlib.crc32(file[name].tobytes(), made["proposals"])
         except Exception:   # of broken bytes NumPy raises nearly anything; the label update will name the file
             pass
+    for index in sorted(set(range(len(images.ids))) - set(images.updated) - set(images.listed_boxes)):
+        made["masks"] = zlib.crc32(images.files(index)[1].read_bytes(), made["masks"])
     if args.supervision == "rectangles":
         for index in images.listed_boxes:
             annotation = images.voc / "Annotations" / f"{images.ids[index]}.xml"
@@ -719,6 +726,7 @@ def main(argv):
         idle = set() if boxed else {"top_k", "warm_up", "min_recognized", "lambda_r", "show_epochs", "show_images"}
         say_without_effect({"method"} | idle, given, "since no box of the list chooses a candidate")
     val_ids = validation_list(voc, args.val_split, len(names))      # before hours of candidates
+    say_what_is_trained_on(images.of(voc / "JPEGImages"), val_ids, args.val_split)
     make_labels(images, names, list_file, args, saved)
     if len(boxed) < n:
         require_a_class(images.files(index)[1] for index in range(n) if index not in boxed)

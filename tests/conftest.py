@@ -16,7 +16,7 @@ import torch  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import Box2SegNet, DeepLabVGG16  # noqa: E402
+from model import HANGUP, Box2SegNet, DeepLabVGG16  # noqa: E402
 # A shell's background jobs ignore Ctrl-C, and so does what they start; tests that press it need it heard.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -24,7 +24,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @contextlib.contextmanager
 def kept_signals():
     """Trainings handle Ctrl-C in their own way; afterwards it is as before."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, *HANGUP)}
     try:
         yield
     finally:

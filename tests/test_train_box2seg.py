@@ -613,6 +613,24 @@ def test_a_polite_kill_of_all_processes(toy, tmp_path, whole_run):
     assert_same_run(whole_run, tmp_path)
 
 
+def test_a_terminal_that_is_closed_stops_a_run_unless_nohup_was_asked_for():
+    with kept_signals():
+        for before, stops in ((signal.SIG_DFL, [signal.SIGHUP]), (signal.SIG_IGN, [])):
+            signal.signal(signal.SIGHUP, before)
+            interrupted = model.catch_interrupts()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert interrupted == stops
+
+
+@pytest.mark.parametrize("script", [train_box2seg, train_boxsup])
+def test_images_that_are_trained_on_and_validated_on_are_told(toy, tmp_path, script, capsys):
+    lists = toy / "VOC2012" / "ImageSets" / "Segmentation"
+    (lists / "both.txt").write_text((lists / "train.txt").read_text() + "toy_val_00001\n")
+    assert short_run(script, toy, tmp_path / "a", "--split", "both") == 0
+    assert "1 of the 3 images of val.txt are trained on, too (toy_val_00001, for one)" in capsys.readouterr().out
+    assert short_run(script, toy, tmp_path / "b") == 0 and "trained on, too" not in capsys.readouterr().out
+
+
 def works_politely(pipe):
     quiet_worker(0)
     while True:

@@ -494,6 +494,25 @@ def test_grabcut_masks_of_other_images_or_boxes_are_refused(tmp_path):
     assert summary["corrected"] == 1 and train(data, tmp_path / "new", *flags) == 0
 
 
+def test_other_true_masks_are_told_on_resume(tmp_path):
+    data, out = draw(tmp_path, 5, 1), tmp_path / "out"
+    assert train(data, out, "--supervision", "masks", "--epochs", 1) == 0
+    resume = ["--resume", "--out", str(out), "--device", "cpu"]
+    assert train_boxsup.main(resume) == 0
+    mask = data / "VOC2012" / "SegmentationClass" / "toy_train_00001.png"
+    train_boxsup.write_label(mask, read_label(mask) % 5)
+    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes, true or GrabCut masks"):
+        train_boxsup.main(resume)
+
+
+def test_images_of_another_set_may_have_the_same_ids(toy):
+    images = train_boxsup.Images(toy / "VOC2012")
+    images.add(["a"], toy / "VOC2012" / "JPEGImages", None, None)
+    images.add(["b"], toy / "VOC2012" / "Annotations" / ".." / "JPEGImages", None, None)
+    images.add(["c"], toy / "other", None, None)
+    assert images.of(toy / "VOC2012" / "JPEGImages") == ["a", "b"]
+
+
 def test_rectangles_of_a_run_that_goes_on_are_all_of_the_same_boxes(tmp_path):
     data, out = draw(tmp_path, 5, 1), tmp_path / "out"
     assert train(data, out, "--supervision", "rectangles", "--epochs", 1) == 0
