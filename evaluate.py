@@ -59,7 +59,7 @@ from crf import BadInput as BadKernel
 from crf import ITERATIONS, PRESETS, as_tensor, crf_kernels, dense_crf, drawable, mean_field, unary_energy
 from losses import affinity, confusion_matrix, iou
 from model import BadInput as BadModel
-from model import load_network, normalize, pick_device, predict, resized, to_pixels
+from model import load_network, normalize, out_of_memory, pick_device, predict, resized, to_pixels
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -570,7 +570,7 @@ def report(error, name, failed, count):
     if isinstance(error, torch.OutOfMemoryError):
         raise BadInput("the GPU's memory does not suffice: "
                        "give smaller --scales, --amp bf16, or --device cpu") from None
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+    if out_of_memory(error):
         error = BadInput(f"{name}: the memory does not suffice: give smaller --scales, or leave it out")
     error = BadInput(f"--crf: {error}") if isinstance(error, BadKernel) else error
     kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
@@ -645,10 +645,11 @@ def evaluate(args):
         check_classes(folder, names, voc / "JPEGImages")
     given = [args.labels, args.against, args.list, *args.trimap_add, args.checkpoint and Path(args.checkpoint)]
     kinds = [*DATA, f"ImageSets/Segmentation/{args.split or 'val'}.txt"]
-    keep_apart([args.save_png, args.pictures, args.attention, args.affinity],
+    folders = [args.save_png, args.pictures, args.attention, args.affinity]
+    keep_apart(folders,
                given + [base / kind for base in filter(None, (voc, args.pseudo_label_dir)) for kind in kinds],
                [args.json, args.trimap_plot])
-    keep_labels([args.save_png, args.pictures, args.attention, args.affinity])
+    keep_labels(folders)
 
     def read_labels(name):                                                          # truth and label PNG: (H, W) uint8
         truth = read_label(truth_path(voc, name, args.against), None, len(names))

@@ -138,7 +138,7 @@ def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=
     state = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)          # 0, 1 sure, 2, 3 probable; odd is the foreground
     state[own] = cv2.GC_PR_FGD
     ring = np.count_nonzero(state == cv2.GC_BGD)
-    probable = inside                                                                              # (h, w) bool
+    probable = inside                                                                             # (h, w) bool
     if same_class is not None and ring:
         shared = cv2.resize(same_class[window].astype(np.float32), size, interpolation=cv2.INTER_AREA) > 0.5
         if np.count_nonzero(~shared & (state == cv2.GC_BGD)) >= 0.1 * ring:
@@ -168,7 +168,7 @@ def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=
         found, background, foreground = kept
         if scale < 1:  # back at full size, one more iteration, in which only pixels near the boundary may change
             found = cv2.resize(found.astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR) > 0.5
-            found = (found & probable).astype(np.uint8)                                            # (h, w)
+            found = (found & probable).astype(np.uint8)                                           # (h, w)
             near = np.ones((2 * int(np.ceil(2 / scale)) + 1,) * 2, np.uint8)  # two working pixels each way
             state = np.where(found == 1, np.uint8(cv2.GC_PR_FGD), np.uint8(cv2.GC_PR_BGD))
             state[cv2.erode(found, near) == 1] = cv2.GC_FGD

@@ -686,6 +686,11 @@ def pick_device(name):
 NETWORKS = {"Box2SegNet": Box2SegNet, "DeepLabVGG16": DeepLabVGG16}              # by the name in arch["network"]
 
 
+def all_finite(network):
+    """Are all weights finite, and BatchNorm's statistics, which can break where the weights do not?"""
+    return all(tensor.isfinite().all() for tensor in network.state_dict().values())
+
+
 def load_network(path, device="cpu"):
     """
     Reads a checkpoint of the training scripts -> (network in eval mode on the device, the whole dict on the CPU).
@@ -707,7 +712,7 @@ def load_network(path, device="cpu"):
         fits = False
     if not fits:
         raise BadInput(f"{path}: its weights, arch and class_names do not fit together; {remedy}, of this version")
-    if not all(t.isfinite().all() for t in network.state_dict().values()):
+    if not all_finite(network):
         raise BadInput(f"{path}: its weights are not finite; {remedy}")
     return network.eval().to(device), checkpoint
 
@@ -771,6 +776,11 @@ class Interrupted(Exception):
     """Ctrl-C or a polite kill: the step was finished and saved. The message says where, "after step 5 of 9"."""
 
 
+def out_of_memory(error):
+    """Of the machine, not of a GPU: Python's and NumPy's error, or PyTorch's, which has no type of its own."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
 def run_script(main, script, user_errors, choose):
     """main(sys.argv[1:]) -> exit status. Errors that the user can fix are one line on stderr and status 2; bugs keep
     their traceback. user_errors: further exceptions that mean what BadInput does; choose: the flags that say where
@@ -792,11 +802,11 @@ def run_script(main, script, user_errors, choose):
             print(f"{script}: too little shared memory for the data workers: give --workers 0, or more of it (docker "
                   "run --shm-size 8g)", file=sys.stderr)
             return 2
-        if not (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)):
+        if not (isinstance(error, torch.OutOfMemoryError) or out_of_memory(error)):
             raise
         what = (str(error).strip() or "out of memory").splitlines()[-1].split(". ")[0]
-        print(f"{script}: {what}: give a smaller --batch-size or --crop, "
-              "or, in validation and label updates, --val-scale", file=sys.stderr)
+        print(f"{script}: {what}: give a smaller --batch-size or --crop, or, in validation and label updates, "
+              "--val-scale", file=sys.stderr)
         return 2
     except KeyboardInterrupt:     # before the first step, or the second one, or with several processes
         print(f"{script}: interrupted", file=sys.stderr)
@@ -1056,8 +1066,7 @@ def in_parallel(network, compiled):
 def save_checkpoint(path, network, optimizer, scaler, args, names, ids, **more):
     """All that changes in training. Under a temporary name first: an interrupt leaves the old one, never half of a new
     one. Raises BadInput instead if a weight is not finite."""
-    if not all(t.isfinite().all() for t in network.state_dict().values()):  # a finite loss can have a gradient that is
-        # not, and a network whose loss is finite in training mode BatchNorm statistics that are not
+    if not all_finite(network):                               # a finite loss can have a gradient that is not
         where = f"step {more['step']}" + (f" of stage {more['stage']}" if "stage" in more else "")
         raise BadInput(f"the weights are not finite after {where}: stopped; try a lower --lr")
     if rank_and_world()[0] == 0:

@@ -650,18 +650,19 @@ def made_from(images, args):
     made, folder = {"proposals": 0, "masks": 0}, Path(args.grabcut or images.voc / "GrabCutMasks")
     made["sources"] = [(images.source_of.count(k), "candidates" if candidates else "labels" if labels else "truth")
                        for k, (_, candidates, labels) in enumerate(images.sources)]
-    for index in tqdm(images.updated, "boxes of the candidates", leave=False, unit="image",
-                      disable=True if rank_and_world()[0] else None):
+    progress = partial(tqdm, leave=False, unit="image", disable=True if rank_and_world()[0] else None)
+    for index in progress(images.updated, "boxes of the candidates"):
         try:
             with np.load(images.files(index)[2]) as file:
                 for name in ("boxes", "classes", "candidate_boxes"):
                     made["proposals"] = zlib.crc32(file[name].tobytes(), made["proposals"])
         except Exception:   # of broken bytes NumPy raises nearly anything; the label update will name the file
             pass
-    for index in sorted(set(range(len(images.ids))) - set(images.updated) - set(images.listed_boxes)):
+    masked = set(range(len(images.ids))) - set(images.updated) - set(images.listed_boxes)
+    for index in progress(sorted(masked), "true masks"):
         made["masks"] = zlib.crc32(images.files(index)[1].read_bytes(), made["masks"])
     if args.supervision == "rectangles":
-        for index in images.listed_boxes:
+        for index in progress(images.listed_boxes, "boxes"):
             annotation = images.voc / "Annotations" / f"{images.ids[index]}.xml"
             made["boxes"] = zlib.crc32(annotation.read_bytes(), made.get("boxes", 0))
     if args.supervision == "grabcut":

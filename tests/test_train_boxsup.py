@@ -494,13 +494,23 @@ def test_grabcut_masks_of_other_images_or_boxes_are_refused(tmp_path):
     assert summary["corrected"] == 1 and train(data, tmp_path / "new", *flags) == 0
 
 
-def test_other_true_masks_are_told_on_resume(tmp_path):
+def relabel(voc):
+    mask = voc / "SegmentationClass" / "toy_train_00001.png"
+    train_boxsup.write_label(mask, read_label(mask) % 5)
+
+
+def move_a_box(voc):
+    annotation = voc / "Annotations" / "toy_train_00001.xml"
+    annotation.write_text(annotation.read_text().replace("<xmin>", "<xmin>1", 1))
+
+
+@pytest.mark.parametrize("supervision, change", [("masks", relabel), ("rectangles", move_a_box)])
+def test_other_true_masks_or_rectangles_are_told_on_resume(tmp_path, supervision, change):
     data, out = draw(tmp_path, 5, 1), tmp_path / "out"
-    assert train(data, out, "--supervision", "masks", "--epochs", 1) == 0
+    assert train(data, out, "--supervision", supervision, "--epochs", 1) == 0
     resume = ["--resume", "--out", str(out), "--device", "cpu"]
     assert train_boxsup.main(resume) == 0
-    mask = data / "VOC2012" / "SegmentationClass" / "toy_train_00001.png"
-    train_boxsup.write_label(mask, read_label(mask) % 5)
+    change(data / "VOC2012")
     with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes, true or GrabCut masks"):
         train_boxsup.main(resume)
 
@@ -511,17 +521,6 @@ def test_images_of_another_set_may_have_the_same_ids(toy):
     images.add(["b"], toy / "VOC2012" / "Annotations" / ".." / "JPEGImages", None, None)
     images.add(["c"], toy / "other", None, None)
     assert images.of(toy / "VOC2012" / "JPEGImages") == ["a", "b"]
-
-
-def test_rectangles_of_a_run_that_goes_on_are_all_of_the_same_boxes(tmp_path):
-    data, out = draw(tmp_path, 5, 1), tmp_path / "out"
-    assert train(data, out, "--supervision", "rectangles", "--epochs", 1) == 0
-    resume = ["--resume", "--out", str(out), "--device", "cpu"]
-    assert train_boxsup.main(resume) == 0
-    annotation = data / "VOC2012" / "Annotations" / "toy_train_00001.xml"
-    annotation.write_text(annotation.read_text().replace("<xmin>", "<xmin>1", 1))
-    with pytest.raises(train_boxsup.BadInput, match="other candidates, boxes, true or GrabCut masks"):
-        train_boxsup.main(resume)
 
 
 def test_a_panorama_makes_no_sheet_that_the_memory_cannot_hold(toy, tmp_path):
