@@ -118,12 +118,13 @@ def permutohedral_lattice(features):
     weights[0] += 1                                                                 # (d + 1, N), sum 1
 
     # 4. Name each corner by one int64: its coordinates as digits of a number, but the last one, which the others imply.
-    #    Digits have room to spare, so a step to a neighbour is the addition of a constant.
-    digit = [math.prod(map(int, room[:j])) for j in range(d)] + [0]
-    digits = torch.tensor(digit, device=device)[:, None]
-    first = ((corner - low).long() * digits).sum(0)                                 # (N,), colour 0
+    #    unit[j]: what a step of 1 in coordinate j adds to the name. Digits have room to spare, so a step to a neighbour
+    #    is the addition of a constant.
+    unit = [math.prod(map(int, room[:j])) for j in range(d)] + [0]
+    units = torch.tensor(unit, device=device)[:, None]
+    first = ((corner - low).long() * units).sum(0)                                 # (N,), colour 0
     # From colour r to r + 1: 1 up in all coordinates, and d + 1 down in the one of rank d - r.
-    step = sum(digit) - (d + 1) * torch.empty_like(rank).scatter_(0, place, digits.expand(-1, N))
+    step = sum(unit) - (d + 1) * torch.empty_like(rank).scatter_(0, place, units.expand(-1, N))
     names = first + step.cumsum(0) - step                                           # (d + 1, N)
 
     # 5. Splat and slice: one sort finds the corners that are the same.
@@ -138,7 +139,7 @@ def permutohedral_lattice(features):
     #    one that does not exist stands the corner itself, with weight 0.
     here, blurs = torch.arange(M, device=device), []
     for j in range(d + 1):
-        step = abs((d + 1) * digit[j] - sum(digit))
+        step = abs((d + 1) * unit[j] - sum(unit))
         at = torch.searchsorted(corners, corners + step).clamp(max=M - 1)
         exists = corners[at] == corners + step
         after = torch.where(exists, at, here)
@@ -220,7 +221,7 @@ def unary_energy(probabilities):
 
 
 def pydensecrf(image, probabilities, w, xy, rgb, gaussian_w, gaussian_xy, iterations):
-    """The same by the authors' C++ code, on one core. CPU tensors in, (C, H, W) out."""
+    """dense_crf() by the authors' C++ code, on one core. CPU tensors in, (C, H, W) out."""
     try:
         from pydensecrf.densecrf import DenseCRF2D
     except ImportError:
@@ -230,7 +231,7 @@ def pydensecrf(image, probabilities, w, xy, rgb, gaussian_w, gaussian_xy, iterat
     crf = DenseCRF2D(W, H, C)                           # width first
     crf.setUnaryEnergy(unary_energy(probabilities).T.contiguous().numpy())          # (C, N)
     crf.addPairwiseGaussian(gaussian_xy, compat=gaussian_w)       # a number, Potts; an array would have the other sign
-    crf.addPairwiseBilateral(xy, rgb, image.contiguous().numpy().copy(), compat=w)  # a copy: it wants to write
+    crf.addPairwiseBilateral(xy, rgb, image.numpy().copy(), compat=w)  # a copy: it wants to write
     return torch.from_numpy(np.array(crf.inference(iterations))).view(C, H, W)
 
 
@@ -277,7 +278,7 @@ def dense_crf(image, probabilities, w=4, xy=67, rgb=3, gaussian_w=3, gaussian_xy
     if not probabilities.isfinite().all():
         raise BadInput("probabilities hold NaN or infinity")
     if probabilities.min() < 0 or (probabilities.sum(0) - 1).abs().max() > 0.02:    # 0.02: float16, and means of it
-        raise BadInput("probabilities must be from 0 and sum to 1 over the classes: logits want a softmax first")
+        raise BadInput("probabilities must be from 0 and sum to 1 over the classes: apply softmax to logits first")
 
     if backend == "pydensecrf":
         refined = pydensecrf(image.cpu(), probabilities.cpu(), w, xy, rgb, gaussian_w, gaussian_xy, iterations)
@@ -380,7 +381,7 @@ def main(argv):
     add("--rgb", type=float, help="its standard deviation in colour, in steps of 0..255 (ours: the preset's)")
     add("--gaussian-w", type=float, help="weight of the Gaussian kernel: near (ours: 3)")
     add("--gaussian-xy", type=float, help="its standard deviation in pixels (ours: 3)")
-    add("--iterations", type=int, default=ITERATIONS, help="of mean field (ours: %(default)s)")
+    add("--iterations", type=int, default=ITERATIONS, help="iterations of the mean field (ours: %(default)s)")
     add("--backend", choices=["torch", "pydensecrf"], default="torch", help="(ours: %(default)s)")
     add("--device", choices=["cpu", "cuda"], default="cpu", help="where the backend torch runs (default %(default)s)")
     add("--out", type=Path, default=Path("crf.png"), metavar="FILE",
@@ -402,7 +403,7 @@ def main(argv):
         start = time.perf_counter()
         try:
             before = as_tensor(probabilities).to(args.device)
-            after = dense_crf(image, before, **{**PRESETS[args.preset], **given}, iterations=args.iterations,
+            after = dense_crf(image, before, **PRESETS[args.preset] | given, iterations=args.iterations,
                               backend=args.backend).argmax(0).cpu().numpy()
         except BadInput as error:
             raise BadInput(f"{args.image}, {args.probabilities}: {error}") from None

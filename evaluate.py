@@ -27,7 +27,7 @@ Writes: the table, to the terminal. If asked: --json FILE, {"miou": 0..1, "iou":
         <id>.png strips and all of them in sheet.png;
         with --images, a label PNG per image and the image under its labels in overlay/, below --out
 Expect: the paper's Box2Seg reaches 74.9 (Table 3), its GrabCut labels on the annotated boxes 71.6 (Sect. 4.2).
-        Exit status 0; 1 if single images could not be read, they are listed and left out; 2 if nothing could be done.
+        Exit status 0; 1 if some images could not be read (they are listed and left out); 2 if nothing could be done.
 """
 import argparse
 import contextlib
@@ -131,8 +131,9 @@ def process_pool(workers, preload):
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform == "linux":                         # macOS may not like what torch loads to be forked
         context.set_forkserver_preload(preload)         # once, and not by each worker
-    most = 61 if sys.platform == "win32" else workers   # Windows cannot wait for more
-    return ProcessPoolExecutor(min(workers, most), context, one_core)
+    if sys.platform == "win32":
+        workers = min(workers, 61)                      # Windows cannot wait for more
+    return ProcessPoolExecutor(workers, context, one_core)
 # ==== end of shared block
 
 
@@ -263,7 +264,10 @@ def boundary_distance(truth):
 
 def trimap_scores(confusion, bands):
     """Confusion matrix of all pixels, and {width: that of its band} -> what --json holds under "trimap"."""
-    miou = lambda matrix: None if (value := iou(matrix).nanmean().item()) != value else value       # nan: no pixel
+    def miou(matrix):
+        value = iou(matrix).nanmean().item()
+        return None if math.isnan(value) else value                                 # nan: no pixel
+
     interiors = [confusion - band for band in bands.values()]                       # all that the band leaves
     return {"widths": list(bands), "boundary": [miou(band) for band in bands.values()],
             "interior": [miou(interior) for interior in interiors],
@@ -471,13 +475,15 @@ def affinity_strip(image, labels, prediction, network, names, args):
 
 def save_pictures(voc, per_image, predicted, network, names, args):
     """--pictures, --attention, --affinity: a strip for each of --num-pictures images, and all of them in sheet.png."""
+    if not (args.pictures or args.attention or args.affinity):
+        return
     ids = [name for name in per_image if not math.isnan(per_image[name])]           # nan: no truth but 255
     count = min(args.num_pictures, len(ids))
     chosen = [ids[i * len(ids) // count] for i in range(count)]                     # evenly spread over the list
     if args.best or args.worst:
         ranked = sorted(ids, key=per_image.get)
         chosen = list(dict.fromkeys(args.best * ranked[::-1][:count] + args.worst * ranked[:count]))
-    if "sheet" in chosen and (args.pictures or args.attention or args.affinity):
+    if "sheet" in chosen:
         raise BadInput("an image is named sheet, as the sheet of all figures is: leave it out, by --list")
     predicted = functools.cache(predicted)              # figures of several kinds show the same images
 
@@ -565,13 +571,12 @@ DATA = "JPEGImages Annotations SegmentationClass SegmentationClassAug BoxMasks G
 
 
 def report(error, name, failed, count):
-    """What is bad in one image, which the others do not wait for; its name joins the failed. A GPU's memory is no fault
-    of the image, and what all `count` have is none of the images."""
+    """Prints what is wrong with one image and adds its name to `failed`; the others go on. Raises where the image is
+    not to blame: the GPU's memory is full, or all `count` images have failed."""
     if isinstance(error, torch.OutOfMemoryError):
-        raise BadInput("the GPU's memory does not suffice: "
-                       "give smaller --scales, --amp bf16, or --device cpu") from None
+        raise BadInput("not enough GPU memory: give smaller --scales, --amp bf16, or --device cpu") from None
     if out_of_memory(error):
-        error = BadInput(f"{name}: the memory does not suffice: give smaller --scales, or leave it out")
+        error = BadInput(f"{name}: not enough memory: give smaller --scales, or leave it out")
     error = BadInput(f"--crf: {error}") if isinstance(error, BadKernel) else error
     kind = "" if isinstance(error, BadInput) else f"{type(error).__name__}: "
     tqdm.write(f"evaluate.py: {kind}{' '.join(str(error).split())}", file=sys.stderr)
@@ -641,7 +646,8 @@ def evaluate(args):
     require(truths, "label" if args.against else "truth")
     require_a_class(truths)
     noisy = [(args.pseudo_label_dir or voc) / kind for kind in ("BoxMasks", "GrabCutMasks")]
-    for folder in filter(None, (args.labels, args.against, *noisy * bool(args.pictures or args.attention))):
+    drawn = noisy if args.pictures or args.attention else []
+    for folder in filter(None, (args.labels, args.against, *drawn)):
         check_classes(folder, names, voc / "JPEGImages")
     given = [args.labels, args.against, args.list, *args.trimap_add, args.checkpoint and Path(args.checkpoint)]
     kinds = [*DATA, f"ImageSets/Segmentation/{args.split or 'val'}.txt"]
@@ -666,8 +672,8 @@ def evaluate(args):
     if network is None:
         predicted, results = read_labels, read_ahead(ids, read_labels)
     else:
-        work = functools.partial(try_crfs, grid=crf_grid(args)) if args.crf_search else functools.partial(
-            refine_labels, crf=args.crf)
+        work = (functools.partial(try_crfs, grid=crf_grid(args)) if args.crf_search else
+                functools.partial(refine_labels, crf=args.crf))
         predicted = lambda name: work(*add_probabilities(*read_image_and_truth(name)))
         results = in_order(ids, read_image_and_truth, add_probabilities, work, crf_workers(args))
     if args.crf_search:
@@ -720,7 +726,7 @@ def predict_folder(args):
     """A folder of plain images without truth: label PNGs in --out, images under their labels in --out/overlay; all
     are made anew, since those that are there may be another network's."""
     if not args.images.is_dir():
-        raise BadInput(f"no folder {args.images}: --images wants a folder of images")
+        raise BadInput(f"no folder {args.images}: --images expects a folder of images")
     suffixes = *ENDINGS, ".gif", ".ppm"
     network, names = load_checkpoint(args)
     args.crf = crf_options(network, args)
@@ -963,7 +969,7 @@ def require_a_class(paths):
 
 def write_label(path, labels):
     """(H, W) class indices -> 8-bit palette PNG."""
-    png = Image.fromarray(np.asarray(labels, np.uint8), "L")
+    png = Image.fromarray(np.asarray(labels, np.uint8))
     png.putpalette(voc_palette().tobytes())  # makes it mode P, indices unchanged
     with writing(path) as temporary:
         png.save(temporary, "PNG")
@@ -1105,7 +1111,8 @@ def main(argv):
     add("--crf-w", type=float, metavar="W", help="weight of the bilateral kernel, instead of the preset's")
     add("--crf-xy", type=float, metavar="PIXELS", help="its standard deviation in space")
     add("--crf-rgb", type=float, metavar="SD", help="and in colour, 0-255")
-    add("--crf-iterations", type=int, default=ITERATIONS, metavar="N", help="of the mean field (ours: %(default)s)")
+    add("--crf-iterations", type=int, default=ITERATIONS, metavar="N", help="iterations of the mean field (ours: "
+        "%(default)s)")
     add("--crf-backend", default="torch", choices=["torch", "pydensecrf"], help="(ours: %(default)s)")
     add("--crf-search", type=int, nargs="?", const=100, metavar="N", help="score a grid of parameters on N random "
         "images of the list (paper, BoxSup Sect. 5.1: 100), which should not be those that are reported")

@@ -463,7 +463,7 @@ def make_detector(names, name="fasterrcnn_resnet50_fpn_v2", weights=None, device
     if not classes_of.any():
         raise BadInput("--boxes detector: no class in class_names.txt has a COCO name: use --boxes annotation")
     if unknown := [name for name in names[1:] if name not in categories]:
-        print(f"{name} knows no {', '.join(unknown)}: no box of that will be found", file=sys.stderr)
+        print(f"{name} does not know {', '.join(unknown)}: it will find no boxes of these", file=sys.stderr)
     try:
         if weights is None:
             network = getattr(detection, name)(weights=pretrained)
@@ -782,7 +782,7 @@ def require_a_class(paths):
 
 def write_label(path, labels):
     """(H, W) class indices -> 8-bit palette PNG."""
-    png = Image.fromarray(np.asarray(labels, np.uint8), "L")
+    png = Image.fromarray(np.asarray(labels, np.uint8))
     png.putpalette(voc_palette().tobytes())  # makes it mode P, indices unchanged
     with writing(path) as temporary:
         png.save(temporary, "PNG")
@@ -962,8 +962,10 @@ SPLIT = re.compile(rf"(?:(?:{WORD})[-_. ])?(train|val|test)(?:ing|id|idation)?"
 
 
 def split_of(names):
-    """Names of folders or files -> "train", "val" or "test": the last that is one (valid, val2017, train_coco)."""
-    return ([match[1].lower() for match in map(SPLIT.fullmatch, names) if match] or [None])[-1]
+    """Names of folders or files -> "train", "val" or "test" by the last that says so (valid, val2017, train_coco), or
+    None."""
+    found = [match[1].lower() for match in map(SPLIT.fullmatch, names) if match]
+    return found[-1] if found else None
 
 
 def files_below(folder, pattern="*"):
@@ -1554,15 +1556,17 @@ def parse_arguments():
     add("--fill-rates", metavar="NAME", help="also write the filling rates (Eq. 7) of images and classes to NAME.json, "
         "and a figure like Fig. 2 to NAME.png")
     cut = parser.add_argument_group("GrabCut (one run per box: paper)")
-    cut.add_argument("--iterations", type=int, default=5, help="at most so many fits and cuts (default: 5, ours)")
-    cut.add_argument("--margin", type=float, default=0.1, help="what the background's colours are learnt from: so much "
-                     "of the box's width and height around it (default: 0.1, ours)")
-    cut.add_argument("--working-size", type=int, default=240, help="a larger box and margin are scaled down to "
-                     "the area of a square of so many pixels a side, but for a last cut (default: 240, ours)")
-    cut.add_argument("--min-fill", type=float, default=0.15, help="where GrabCut keeps less than this part of a box, "
-                     "it starts again from an ellipse in the middle (default: 0.15, ours)")
-    cut.add_argument("--colours", choices=("lab", "rgb"), default="lab", help="space of the colour models (default: "
-                     "lab, ours)")
+    cut.add_argument("--iterations", type=int, default=GRABCUT["iterations"], help="at most so many fits "
+                     "and cuts (default: %(default)s, ours)")
+    cut.add_argument("--margin", type=float, default=GRABCUT["margin"], help="what the background's colours are learnt "
+                     "from: so much of the box's width and height around it (default: %(default)s, ours)")
+    cut.add_argument("--working-size", type=int, default=GRABCUT["working_size"], help="a larger box and margin are "
+                     "scaled down to the area of a square of so many pixels a side, but for a last cut (default: "
+                     "%(default)s, ours)")
+    cut.add_argument("--min-fill", type=float, default=GRABCUT["min_fill"], help="where GrabCut keeps less than this "
+                     "part of a box, it starts again from an ellipse in the middle (default: %(default)s, ours)")
+    cut.add_argument("--colours", choices=("lab", "rgb"), default=GRABCUT["colours"], help="space of the colour models "
+                     "(default: %(default)s, ours)")
     cut.add_argument("--share", action=argparse.BooleanOptionalAction, default=True, help="other boxes of the same "
                      "class are probable foreground (default: on, ours); --no-share: background")
     source = parser.add_argument_group("boxes")
@@ -1574,7 +1578,8 @@ def parse_arguments():
     source.add_argument("--detector-weights", metavar="FILE", help="state dict (default: torchvision's, downloaded)")
     source.add_argument("--score-threshold", type=float, default=0.5, help="a detection counts from this score on "
                         "(default: 0.5, ours)")
-    source.add_argument("--device", default="cpu", help="of the detector; GrabCut runs on the CPU (default: cpu)")
+    source.add_argument("--device", default="cpu", help="where the detector runs; GrabCut runs on the CPU "
+                        "(default: cpu)")
     own = parser.add_argument_group("boxes of one's own, laid out in VOC's form in --data")
     form = own.add_mutually_exclusive_group()
     form.add_argument("--coco", nargs="+", metavar="PATH", help="COCO's JSON files, or the folder of an export that "
@@ -1611,11 +1616,12 @@ def parse_arguments():
     if arguments.show is None:
         arguments.show = 12 * own_boxes
     if arguments.show < 0:
-        parser.error("--show of at least 0 expected")
-    if min(arguments.iterations, 1 if arguments.workers is None else arguments.workers, arguments.working_size - 7) < 1:
-        parser.error("--iterations and --workers of at least 1, --working-size of at least 8 expected")
+        parser.error("--show: expected 0 or more")
+    if arguments.iterations < 1 or arguments.working_size < 8 or (
+            arguments.workers is not None and arguments.workers < 1):
+        parser.error("--iterations, --workers: expected at least 1; --working-size: at least 8")
     if not (0 < arguments.margin < 100 and 0 <= arguments.min_fill <= 1 and 0 <= arguments.score_threshold <= 1):
-        parser.error("--margin above 0, --min-fill and --score-threshold from 0 to 1 expected")
+        parser.error("--margin: expected more than 0 and less than 100; --min-fill, --score-threshold: 0 to 1")
     return arguments
 
 
@@ -1671,10 +1677,10 @@ def main():
         draw_sheet(voc, [made[i * len(made) // count] for i in range(count)], folders, sheet, detect is None)
         print(f"look at {sheet}: each image with its boxes, B and M")
     if arguments.images:
-        options = " --val-split none" if (lists / "val.txt").exists() else ""  # val.txt without true masks
+        no_val = " --val-split none" if (lists / "val.txt").exists() else ""  # val.txt without true masks
         labels = f" --label-dir {arguments.out}" if arguments.out else ""
-        print(f"then: python train_box2seg.py --data {arguments.data}{labels}{options} --out runs/mine")
-        print(f"  or: python train_boxsup.py --data {arguments.data}{options} --out runs/mine")
+        print(f"then: python train_box2seg.py --data {arguments.data}{labels}{no_val} --out runs/mine")
+        print(f"  or: python train_boxsup.py --data {arguments.data}{no_val} --out runs/mine")
     if left_out:
         print(f"{len(left_out)} images of the export were left out; fix them and run again to add them:",
               *shortened(left_out), sep="\n  ", file=sys.stderr)

@@ -74,6 +74,8 @@ AREA_POWER = 0.1                              # small regions are merged first, 
 MAX_REGIONS_FOR_GROUPS = 300, 80, 25          # pairs, triplets, 4-tuples are noted when so few regions are left
 LONGEST = 1100                                # at most, of each list (a tree's groups of one size)
 JACCARD = 0.95                                # above: near duplicates
+# PAPER SILENT: how many candidates an image has. At most 3,500 here, whatever the method.
+MAX_CANDIDATES = 3500
 
 
 def to_lab(image):
@@ -267,7 +269,8 @@ def merge_tree(pairs, strength, length, areas, alive=MAX_REGIONS_FOR_GROUPS):
 
 
 def fill_holes(members, pairs, border):
-    """(N, R) bool -> the same with holes filled: what the image's border cannot be reached from without crossing.
+    """(N, R) bool -> the same with holes filled: a hole is what cannot be reached from the image's border without
+    crossing the segment.
 
     border: ids at the image's border. One flood for all N at once: row r of `outside` has a bit for each segment,
     set where superpixel r is known to be outside of it. Sweeps up and down the ids until nothing changes.
@@ -347,12 +350,11 @@ def tree_groups(pairs, strength, length, areas, keys):
     return lists
 
 
-def mcg(image, max_candidates=3500):
+def mcg(image, max_candidates=MAX_CANDIDATES):
     """Multiscale Combinatorial Grouping: (H, W, 3) uint8 RGB of any size -> superpixels (H, W) int32, members (N, R).
 
     Segment n, of 1 <= N <= max_candidates, is the union of the superpixels r with members[n, r] (bool); best first.
     """
-    # PAPER SILENT: how many candidates an image has. At most 3,500 here, whatever the method.
     # DEPARTS: BoxSup takes the published MCG [2], whose contours come from a structured forest and whose ranking from a
     # random forest, both trained on masks. Here contours and ranking follow from the image by rule: no learned model is
     # shipped, and nothing was trained on masks.
@@ -552,7 +554,7 @@ def hierarchy(pairs, features, sizes, boxes):
     return merges
 
 
-def selective_search(image, max_candidates=3500, spacing=10, scales=(0.01, 0.02)):
+def selective_search(image, max_candidates=MAX_CANDIDATES, spacing=10, scales=(0.01, 0.02)):
     """-> superpixels (H, W) int32, members (N, R) bool, best first. About 1.1 s and 3,000 of them a VOC image."""
     superpixels = watershed(image, spacing)
     sizes = np.bincount(superpixels.ravel()) / superpixels.size                                   # (R,), add up to 1
@@ -621,7 +623,7 @@ def critical_levels(signed, sizes, number=6, smallest=0.01, largest=0.9):
     return rows
 
 
-def geodesic(image, max_candidates=3500, spacing=14, seeds=80, step=0.3):
+def geodesic(image, max_candidates=MAX_CANDIDATES, spacing=14, seeds=80, step=0.3):
     """-> superpixels (H, W) int32, members (N, R) bool, by seed; N = 0 in an image of one superpixel. About 0.2 s and
     2,700 of them a VOC image."""
     superpixels = watershed(image, spacing)
@@ -704,7 +706,8 @@ def read_candidates(path, size=None, num_classes=None):
         raise BadInput(f"{path}: not a file of candidates ({one_line(error)}): delete it and run mcg_candidates.py "
                        "again") from None
     if size is not None and (height, width) != tuple(size):
-        raise BadInput(f"{path}: for {width}x{height}, its image is {size[1]}x{size[0]}: delete it and make it again")
+        raise BadInput(f"{path}: made for {width}x{height}, but its image is {size[1]}x{size[0]}: "
+                       "delete it and make it again")
     if num_classes is not None and (worst := found["classes"].max(initial=0)) >= num_classes:
         raise BadInput(f"{path}: holds class {worst}, but there are {num_classes} classes: check class_names.txt")
     return found
@@ -905,7 +908,7 @@ def require_a_class(paths):
 
 def write_label(path, labels):
     """(H, W) class indices -> 8-bit palette PNG."""
-    png = Image.fromarray(np.asarray(labels, np.uint8), "L")
+    png = Image.fromarray(np.asarray(labels, np.uint8))
     png.putpalette(voc_palette().tobytes())  # makes it mode P, indices unchanged
     with writing(path) as temporary:
         png.save(temporary, "PNG")
@@ -1182,7 +1185,7 @@ def read_coco(path, names, masks=False):
         shown = {image for image, category, *_ in annotations if category in classes}
         background = [entry(image) for image in image_of if image not in shown]
         if background:
-            notes.append(f"{len(background)} of {len(images)} images have nothing of the classes: background")
+            notes.append(f"{len(background)} of {len(images)} images show none of the classes: background")
     if len(found) < len(images):
         notes.append(f"{len(images) - len(found)} of {len(images)} images left out: no box of the classes")
     if not any(c != 255 for _, kinds, _ in found.values() for c in kinds):
@@ -1237,7 +1240,7 @@ def coco_mask(outlines, classes, size, where):
     try:
         found = [coco_outline(outline, size) for outline in outlines]
     except (ValueError, TypeError, KeyError, OverflowError, cv2.error) as error:
-        raise BadInput(f"{where}: an outline in the JSON cannot be drawn ({' '.join(str(error).split())}): it wants "
+        raise BadInput(f"{where}: an outline in the JSON cannot be drawn ({' '.join(str(error).split())}): expected "
                        "polygons, or uncompressed runs of the image's size") from None
     labels = np.zeros(size, np.uint8)
     for k in sorted(range(len(found)), key=lambda k: (classes[k] != 255, -int(found[k].sum()))):
@@ -1285,7 +1288,8 @@ def make_coco_candidates(path, images, out, names=VOC_CLASSES, shard="1/1", meth
                        max_candidates, Path(path).stat().st_mtime)
     if method == "masks":                               # boxes without outlines, say
         require_a_class(target for i in ids if (target := Path(out) / f"{i}.png").exists())
-    print(*(f"{path}: {note}" for note in notes), sep="\n", file=sys.stderr)
+    for note in notes:
+        print(f"{path}: {note}", file=sys.stderr)
     return summary
 
 
@@ -1337,8 +1341,9 @@ def process_pool(workers, preload):
     context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform == "linux":                         # macOS may not like what torch loads to be forked
         context.set_forkserver_preload(preload)         # once, and not by each worker
-    most = 61 if sys.platform == "win32" else workers   # Windows cannot wait for more
-    return ProcessPoolExecutor(min(workers, most), context, one_core)
+    if sys.platform == "win32":
+        workers = min(workers, 61)                      # Windows cannot wait for more
+    return ProcessPoolExecutor(workers, context, one_core)
 # ==== end of shared block
 
 
@@ -1428,15 +1433,14 @@ def take_shard(ids, shard):
 # ==== end of shared block
 
 
-def make_all(folder, images, names, ids, annotation_of, source, method="mcg", workers=None, max_candidates=None,
-             written=None):
+def make_all(folder, images, names, ids, annotation_of, source, method, workers, max_candidates, written=None):
     """Candidates of images/<id>.jpg -> folder/<id>.npz, for each id; annotation_of(id): XML path, or COCO's boxes;
-    source: {"boxes": where these are from}; written: when COCO's JSON was. With method "masks" COCO's masks ->
-    folder/<id>.png."""
+    source: {"boxes": where these are from}; written: when COCO's JSON was last changed. With method "masks" COCO's
+    masks -> folder/<id>.png."""
     if method != "masks":
         there = (read_source(folder) if (Path(folder) / "source.json").exists() and any(Path(folder).rglob("*.npz"))
                  else {})
-        max_candidates = max_candidates or there.get("max_candidates", 3500)
+        max_candidates = max_candidates or there.get("max_candidates", MAX_CANDIDATES)
         source = source | {"max_candidates": max_candidates}
     claim_folder(folder, images, names, method, **source)
     summary = {"made": 0, "skipped": 0, "candidates": 0, "boxes": 0, "notes": {}, "failures": []}
@@ -1515,8 +1519,9 @@ def box_iou(box, others):
     return inside / ((x1 - x0) * (y1 - y0) + (a1 - a0) * (b1 - b0) - inside)
 
 
-def show_candidates(path, method="mcg", corners=None, out=None, max_candidates=3500):
-    """The image and its first 15 candidates, or the 15 whose tight box fits a box best -> path of a contact sheet."""
+def show_candidates(path, method="mcg", corners=None, out=None, max_candidates=MAX_CANDIDATES):
+    """A contact sheet of the image and its first 15 candidates, or the 15 whose tight box fits a box best -> its path,
+    how many candidates there are, and the IoU of the best five with the box (None without a box)."""
     image = read_image(path)
     box = None if corners is None else clip_box(corners, image.shape[:2], path)
     superpixels, members = METHODS[method](image, max_candidates)
@@ -1593,9 +1598,8 @@ def parse_arguments():
         parser.error("--split, --list, --shard, --workers and --coco: not with --image, which is one image")
     if (arguments.images or arguments.class_names or arguments.masks) and not arguments.coco:
         parser.error("--images, --masks and --class-names go with --coco")
-    if min(1 if arguments.max_candidates is None else arguments.max_candidates,
-           1 if arguments.workers is None else arguments.workers) < 1:
-        parser.error("--max-candidates and --workers of at least 1 expected")
+    if any(number is not None and number < 1 for number in (arguments.max_candidates, arguments.workers)):
+        parser.error("--max-candidates, --workers: expected at least 1")
     return arguments
 
 

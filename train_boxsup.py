@@ -14,7 +14,7 @@ Reads    VOC2012/{JPEGImages,Annotations,ImageSets/Segmentation}, Candidates-mcg
 Writes   in --out:
          masks/<id>.png     the masks that the network trains on now, made anew before each epoch (rectangles: once);
                             masks-1/, masks-2/ those of the --extra sets
-         masks.png          some of them over the epochs, as in the paper's Fig. 3
+         masks.png          some of them over the epochs, as in the paper's Fig. 3; epochs/ keeps those it shows
          last.pt, best.pt   checkpoints, as evaluate.py reads them; report last.pt: best.pt is chosen on --val-split
          log.jsonl          first line the arguments, git revision, versions, device, seed; then a record for each label
                             update, every --log-every steps, and each validation
@@ -46,9 +46,9 @@ from tqdm import tqdm
 import losses
 import mcg_candidates
 from mcg_candidates import BadInput as BadFile
-from mcg_candidates import (check_classes, class_names, find_image, find_voc, larger_first, read_boxes, read_candidates,
-                            read_image, read_label, read_list, read_source, require_a_box, require_a_class,
-                            voc_palette, write_label, writing)
+from mcg_candidates import (box_mask, check_classes, class_names, find_image, find_voc, larger_first, read_boxes,
+                            read_candidates, read_image, read_label, read_list, read_source, require_a_box,
+                            require_a_class, voc_palette, write_label, writing)
 from model import (BACKBONES, BadInput, Box2SegNet, DeepLabVGG16, Interrupted, Progress, add_common_arguments, barrier,
                    catch_interrupts, check_arguments, check_images, download_voc, evaluating, finish, full_size_logits,
                    hold_folder, in_parallel, make_optimizer, mixed_precision, normalize, parse, pick_device,
@@ -84,12 +84,12 @@ RECIPES = {
 # The algorithm (Sect. 4.3)
 # ---------------------------------------------------------------------------------------------------------------------
 
-def train(network, images, boxed, choices, optimizer, autocast, scaler, args, progress):
+def train(network, images, updated, choices, optimizer, autocast, scaler, args, progress):
     """Sect. 4.3: "We iteratively perform the above two steps, fixing one set of variables and solving for the other
     set. For each iteration, we update the network parameters using one training epoch (i.e., all training images are
     visited once), and after that we update the segment labeling of all images."
 
-    boxed: the indices of the images that learn from candidates; choices: {index: (K,) the candidate that each box
+    updated: the indices of the images that learn from candidates; choices: {index: (K,) the candidate that each box
     holds, -1 for none}, filled here.
     """
     num_classes, device = network.arch["num_classes"], next(network.parameters()).device
@@ -100,15 +100,15 @@ def train(network, images, boxed, choices, optimizer, autocast, scaler, args, pr
     # epoch's random order, wait for another epoch.
     for epoch in range(progress.step // progress.per_epoch, args.epochs):
         # ---- first step: theta fixed, update {l_S}
-        if boxed and progress.step == epoch * progress.per_epoch:
+        if updated and progress.step == epoch * progress.per_epoch:
             # PAPER SILENT: what E_r is in the first label update ("our algorithm starts from the step of updating
             # segment labels"), when the network's last layer is still random. That update goes by E_o alone.
             started, scorer = time.time(), network if epoch >= args.warm_up else None
             with evaluating(network):
-                new, sums, confusion = update_labels(scorer, images, boxed, choices, epoch, args, num_classes,
+                new, sums, confusion = update_labels(scorer, images, updated, choices, epoch, args, num_classes,
                                                      progress.interrupted)
             choices.update(new)
-            report_labels(images, boxed, epoch, scorer, sums, confusion, time.time() - started, args, progress)
+            report_labels(images, updated, epoch, scorer, sums, confusion, time.time() - started, args, progress)
 
         # ---- second step: {l_S} fixed, update theta: "the problem becomes the FCN problem as in Eqn.(1)"
         lr = args.lr * 0.1 ** (epoch // args.lr_drop)           # "divided by 10 after every 15 epochs"
@@ -128,12 +128,12 @@ def train(network, images, boxed, choices, optimizer, autocast, scaler, args, pr
             progress.finish_step(lr, {"E_r": loss}, clipped)           # with true masks it is Eq. 1's E
 
 
-def update_labels(scorer, images, boxed, previous, epoch, args, num_classes, interrupted):
+def update_labels(scorer, images, updated, previous, epoch, args, num_classes, interrupted):
     """Sect. 4.3, first step: "With the network parameters theta fixed, we update the semantic labeling {l_S} [...] by
     selecting a single candidate segment for each ground-truth bounding box, such that its cost E_o + lambda E_r is the
     smallest among all candidates", or one of the k smallest at random; and writes the masks that result.
 
-    scorer: the network in eval mode, or None where E_o alone decides; boxed: the indices of the images; previous:
+    scorer: the network in eval mode, or None where E_o alone decides; updated: the indices of the images; previous:
     {index: choices} of the update before, or nothing; interrupted: a list that Ctrl-C fills.
     -> choices {index: (K,) int32}, their sums for the report (see measure()), and the confusion matrix (C, C) of the
     estimated masks against the truth where it exists. Under torchrun each process updates its share, and gets all.
@@ -165,7 +165,7 @@ def update_labels(scorer, images, boxed, previous, epoch, args, num_classes, int
     choices, sums = {}, Counter()
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device="cpu")
     (rank, world), threads = rank_and_world(), max(1, args.workers)
-    mine = boxed[rank::world]
+    mine = updated[rank::world]
     with ThreadPoolExecutor(threads) as pool:
         jobs = ahead(pool, write, assign(ahead(pool, read, mine, threads)), threads)
         for index, choice, measured, table in tqdm(jobs, "labels", len(mine), leave=False, unit="image",
@@ -200,8 +200,11 @@ def paint(size, boxes, classes, segments):
     labels = np.zeros(size, np.uint8)
     for k in larger_first(boxes):
         x0, y0, x1, y1 = boxes[k]
-        inside = np.s_[y0:y1, x0:x1]
-        labels[inside][slice(None) if segments[k] is None else segments[k][inside]] = classes[k]
+        part = labels[y0:y1, x0:x1]
+        if segments[k] is None:
+            part[:] = classes[k]
+        else:
+            part[segments[k][y0:y1, x0:x1]] = classes[k]
     return labels
 
 
@@ -289,16 +292,15 @@ def gather(choices, sums, confusion):
         return choices, sums, confusion
     shares = [None] * dist.get_world_size()
     dist.all_gather_object(shares, (choices, sums, confusion))
-    together, total = {index: choice for share in shares for index, choice in share[0].items()}, Counter()
-    for _, share, _ in shares:
-        total.update(share)
-    return dict(sorted(together.items())), total, sum(share[2] for share in shares)
+    choices, sums, confusions = zip(*shares)
+    together = {index: choice for share in choices for index, choice in share.items()}
+    return dict(sorted(together.items())), sum(sums, Counter()), sum(confusions)
 
 
-def repaint(images, boxed, choices, num_classes):
+def repaint(images, updated, choices, num_classes):
     """In a run that goes on within an epoch: makes the masks of that epoch again that somebody deleted."""
     rank, world = rank_and_world()
-    for index in boxed[rank::world]:
+    for index in updated[rank::world]:
         label_file = images.files(index)[1]
         if not label_file.exists():
             c = read_proposals(images, index, num_classes)[1]
@@ -307,7 +309,7 @@ def repaint(images, boxed, choices, num_classes):
     barrier()
 
 
-def report_labels(images, boxed, epoch, scorer, sums, confusion, seconds, args, progress):
+def report_labels(images, updated, epoch, scorer, sums, confusion, seconds, args, progress):
     """A line and a record of a label update, and Fig. 3."""
     boxes, assigned = sums["assigned"] + sums["rectangles"], max(sums["assigned"], 1)
     report = {"boxes": boxes, "rectangles": sums["rectangles"], "cost": sums["cost"] / assigned,
@@ -317,11 +319,11 @@ def report_labels(images, boxed, epoch, scorer, sums, confusion, seconds, args, 
         report["mask_miou"] = losses.iou(confusion).nanmean().item()
     write_log(progress.out, {"step": progress.step + 1, "labels_of_epoch": epoch + 1, **report})
     if rank_and_world()[0] == 0 and epoch + 1 in (*args.show_epochs, args.epochs) and args.show_images:
-        show_masks(images, boxed.start, progress.out, epoch + 1, args.show_images)
+        show_masks(images, updated.start, progress.out, epoch + 1, args.show_images)
     print_rank0(f"labels epoch {epoch + 1:{len(str(args.epochs))}d}/{args.epochs}  cost {report['cost']:.4f}  box IoU "
                 f"{report['box_iou']:.4f}  changed {report['changed']:4.0%}" + (
                 f"  mIoU of masks {100 * report['mask_miou']:5.2f}" if "mask_miou" in report else "") +
-                f"  {len(boxed) / seconds:5.1f} img/s", flush=True)
+                f"  {len(updated) / seconds:5.1f} img/s", flush=True)
     # (The ratio is 1 where E_o alone chooses; where masks became scraps it was 0.85 and less.)
     if scorer is not None and report["box_iou"] < 0.95 * report["box_iou_alone"]:
         print_rank0("the chosen segments no longer fit their boxes: the network does not know its objects well enough "
@@ -601,9 +603,9 @@ def training_images(voc, names, args, out):
 
     if boxed:
         candidates = Path(args.candidates or voc / f"Candidates-{args.method}")
-        masks, grabcut = out / "masks", Path(args.grabcut or voc / "GrabCutMasks")
-        images.add(boxed, image_dir, *{"rectangles": (None, masks), "candidates": (candidates, masks),
-                                       "grabcut": (None, grabcut)}[args.supervision])
+        grabcut = Path(args.grabcut or voc / "GrabCutMasks")
+        images.add(boxed, image_dir, candidates if args.supervision == "candidates" else None,
+                   grabcut if args.supervision == "grabcut" else out / "masks")
     for source in further:
         images.add(*source)
     last = first + len(boxed)
@@ -624,7 +626,7 @@ def write_rectangles(images, indices, names, keep):
             continue
         size = read_image(image_file).shape[:2]
         boxes, classes = read_boxes(images.voc / "Annotations" / f"{image_id}.xml", names, size)
-        write_label(label_file, paint(size, boxes, classes, [None] * len(boxes)))
+        write_label(label_file, box_mask(boxes, classes, size))
 
 
 def check_grabcut(images, folder, names, args):
@@ -637,7 +639,7 @@ def check_grabcut(images, folder, names, args):
         if annotation.exists() and B.exists() and annotation.stat().st_mtime > B.stat().st_mtime:
             drawn = read_label(B)
             boxes, classes = read_boxes(annotation, names, drawn.shape)
-            if not np.array_equal(drawn, paint(drawn.shape, boxes, classes, [None] * len(boxes))):
+            if not np.array_equal(drawn, box_mask(boxes, classes, drawn.shape)):
                 raise BadInput(f"{annotation}: corrected since the masks in {folder} were made: make its mask anew by "
                                f"python grabcut_labels.py --data {args.data}" +
                                f" --out {folder.parent}" * bool(args.grabcut))
@@ -696,14 +698,16 @@ def make_labels(images, names, list_file, args, saved):
         check_grabcut(images, Path(args.grabcut or images.voc / "GrabCutMasks"), names, args)
     for index in range(len(images.ids)):
         image_file, label_file, candidates = images.files(index)
-        for path in (image_file, candidates or label_file):
-            if not path.exists():
-                made = candidates or label_file         # of other sets these are there, or the image would not be
-                if set(made.parents) & set(map(Path, args.extra)):
-                    raise BadInput(f"no {path}, to which {made} belongs: add the one or delete the other")
-                raise BadInput(f"no {path}, which {list_file} names: " + (
-                    f"make it by python grabcut_labels.py --data {args.data}" if args.supervision == "grabcut" and
-                    path == label_file else "add it or take its id off the list"))
+        made = candidates or label_file                 # of other sets these are there, or the image would not be
+        for path in (image_file, made):
+            if path.exists():
+                continue
+            if set(made.parents) & set(map(Path, args.extra)):
+                raise BadInput(f"no {path}, to which {made} belongs: add the one or delete the other")
+            remedy = "add it or take its id off the list"
+            if args.supervision == "grabcut" and path == label_file:
+                remedy = f"make it by python grabcut_labels.py --data {args.data}"
+            raise BadInput(f"no {path}, which {list_file} names: {remedy}")
 
 
 def main(argv):
@@ -720,21 +724,21 @@ def main(argv):
     voc = open_data(args, saved)
     names = class_names(voc)
     images, list_file = training_images(voc, names, args, out)
-    n, boxed = len(images.ids), images.updated
+    n, updated = len(images.ids), images.updated
     check_images(images.ids, names, list_file, args, saved, out)
     hold_folder(out)
     if args.supervision != "candidates" or not images.listed_boxes:
-        idle = set() if boxed else {"top_k", "warm_up", "min_recognized", "lambda_r", "show_epochs", "show_images"}
+        idle = set() if updated else {"top_k", "warm_up", "min_recognized", "lambda_r", "show_epochs", "show_images"}
         say_without_effect({"method"} | idle, given, "since no box of the list chooses a candidate")
     val_ids = validation_list(voc, args.val_split, len(names))      # before hours of candidates
     say_what_is_trained_on(images.of(voc / "JPEGImages"), val_ids, args.val_split)
     make_labels(images, names, list_file, args, saved)
-    if len(boxed) < n:
-        require_a_class(images.files(index)[1] for index in range(n) if index not in boxed)
+    if len(updated) < n:
+        require_a_class(images.files(index)[1] for index in range(n) if index not in updated)
     if not saved:
         say_what_a_crop_sees(images.files, n, args)
     made_of = made_from(images, args)
-    # (A checkpoint of before there was one of these fingerprints lacks it.)
+    # (A checkpoint that is older than one of these fingerprints lacks it.)
     if saved and any(saved.get("made_of", {}).get(key, value) != value for key, value in made_of.items()):
         raise BadInput(f"{out / 'last.pt'}: the run had other candidates, boxes, true or GrabCut masks than these: "
                        "give the --candidates, --grabcut, --masks-list, --extra that it had, or start another --out")
@@ -753,7 +757,8 @@ def main(argv):
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         step, best = saved["step"], saved["best"]
-        choices = dict(zip(boxed, np.split(saved["choices"].numpy(), saved["boxes_of"].numpy().cumsum()[:-1])))
+        held = saved["choices"].split(saved["boxes_of"].tolist())
+        choices = {index: choice.numpy() for index, choice in zip(updated, held)}
     elif rank_and_world()[0] == 0:  # --overwrite: what an old run left must not pass for this one's
         for path in (out / "epochs").glob("*.png"):
             path.unlink()
@@ -773,9 +778,9 @@ def main(argv):
     progress = Progress(args, out, save, score if val_ids else None, catch_interrupts(), title="train", where={},
                         step=step, epochs=args.epochs, per_epoch=n // args.batch_size, best=best)
     if step % progress.per_epoch:
-        repaint(images, boxed, choices, len(names))
+        repaint(images, updated, choices, len(names))
     try:
-        train(network, images, boxed, choices, optimizer, autocast, scaler, args, progress)
+        train(network, images, updated, choices, optimizer, autocast, scaler, args, progress)
     except Interrupted as where:
         print_rank0(f"interrupted {where}" + (f"; to go on: python train_boxsup.py --resume --out {out}"
                     if (out / "last.pt").exists() else " before the first epoch: start again"))

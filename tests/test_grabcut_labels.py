@@ -667,7 +667,7 @@ def test_refusals(devkit, tmp_path):
                          (("--score-threshold", 0.9, "--device", "cuda"), "--device --score-threshold: only with"),
                          (("--crowds",), "--crowds: only with --coco"),
                          (("--fill-rates", "rates", "--shard", "1/2"), "--fill-rates is of the whole list"),
-                         (("--show", -1), "--show of at least 0"),
+                         (("--show", -1), "--show: expected 0 or more"),
                          (("--image", jpeg, "--box", 0, 0, 5, 5, "--split", "val", "--no-share"),
                           "--no-share --split: not with --image")):
         status, _, error = command_line("--data", devkit, *flags)

@@ -430,7 +430,7 @@ def test_spoilt_files_are_refused(tmp_path):
         with pytest.raises(BadInput, match="not a file of candidates"):
             read_candidates(path)
     path.write_bytes(whole)
-    with pytest.raises(BadInput, match="for 6x4, its image is 4x6"):
+    with pytest.raises(BadInput, match="made for 6x4, but its image is 4x6"):
         read_candidates(path, (6, 4))
     with pytest.raises(BadInput, match="holds class 20, but there are 20 classes"):
         read_candidates(path, (4, 6), 20)
@@ -743,10 +743,10 @@ def test_cocos_boxes_by_hand(tmp_path):
     assert own == {"b": ([[0.4, 1.6, 10.2, 5.0], [0, 0, 9, 9]], [2, 1], none), "c": ([[1, 1, 4, 4]], [1], none),
                    "a": nothing, "d": nothing, "empty": nothing}
     assert not any("no category" in note for note in notes)
-    assert notes[-1] == "3 of 5 images have nothing of the classes: background"
+    assert notes[-1] == "3 of 5 images show none of the classes: background"
     dogs, notes = read_coco(tmp_path / "coco.json", ["background", "dog"])
     assert set(dogs) == {"a", "b", "c", "empty"} and dogs["c"] == dogs["empty"] == nothing
-    assert notes[-2:] == ["2 of 5 images have nothing of the classes: background",
+    assert notes[-2:] == ["2 of 5 images show none of the classes: background",
                           "1 of 5 images left out: no box of the classes"]
     # 0.4 -> 0, 1.6 -> 2, 10.6 -> 11, 6.6 -> 7; -3 and 74 are clipped; 3 .. 3.2 stays one pixel high
     boxes = coco_boxes([*found["b"][0], *found["a"][0]], (40, 60), "here")

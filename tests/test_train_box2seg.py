@@ -942,7 +942,7 @@ def test_a_corrupt_picture_met_by_a_worker_is_one_line(toy, tmp_path):
     (["--download", __file__], "--download failed"),
     (["--val-split", "nosuch"], "nosuch.txt"),
     (["--batch-size", "13"], "--batch-size 12 or less"),
-    (["--masks", "0.1", "--loss", "mask"], "1 images of .*train.txt are less than one batch: give more images"),
+    (["--masks", "0.1", "--loss", "mask"], "1 images of .*train.txt are fewer than one batch: give more images"),
     (["--lr", "-1"], "--lr"),
     (["--momentum", "-1"], "--momentum"),
     (["--weight-decay", "-1"], "--weight-decay"),
