@@ -1035,8 +1035,8 @@ def keep_apart(folders, inputs, files=()):
 # parameters of the CRF (BoxSup, Sect. 5.1: "a held-out 100 random validation images are used [...] to set
 # hyper-parameters")
 
-# PAPER SILENT: which 100 images the CRF is tuned on. None are set aside here: --list names some not trained on and not
-# reported (on its training images a network is surer of itself, so that the CRF changes less).
+# PAPER SILENT: which 100 images, and which hyper-parameters; here the CRF's. No images are set aside: --list names some
+# not trained on and not reported (on its training images a network is surer of itself, so that the CRF changes less).
 # PAPER SILENT: which parameters of the CRF were tried; the weight and the two standard deviations of the kernel of
 # position and colour, on a coarse grid around the presets. The other kernel stays as it is: it matters little.
 GRID = {"xy": (33, 50, 67, 121), "rgb": (3, 5, 10), "w": (2, 4, 7)}

@@ -36,11 +36,12 @@ BoxSup's Eq. 1, what trains the network, is cross_entropy_loss; the costs only r
 
 What holds for every loss:
 - 255 means unlabelled (crop padding, VOC's object borders): such a pixel adds to no numerator and to no denominator
-  and gets exactly zero gradient.
+  and gets exactly zero gradient. Turn another sign of it, -1 or -100, into 255 first: cross_entropy_loss refuses labels
+  that are neither 0..L nor 255, but elsewhere such a pixel counts as labelled, with no class.
 - A class, an image or a whole batch without labelled pixels adds a finite 0 that still carries gradient (distributed
   training needs every parameter to get one).
-- Computed in float32 for any input type; float64 stays float64. Call them outside autocast; inside it the values still
-  hold.
+- Computed in float32 for any input type; float64 stays float64 (fill_rate(), a ratio of counts, is float32). Call them
+  outside autocast; inside it the values still hold.
 - No loop over pixels, classes or images, and no host-device synchronisation.
 - Each function runs when its source alone, with the losses that it names, is pasted into a file with the two imports
   below.
@@ -58,11 +59,12 @@ def cross_entropy_loss(logits, labels):
 
         L = -1/m  sum_c sum_i  labels(i, c) log y(i, c)
 
-    BoxSup Eq. 1, E(theta) = sum_p e(X(p), l(p)), too: l(p) true or estimated, e the cross-entropy, as in the FCN.
+    BoxSup Eq. 1, E(theta) = sum_p e(X(p), l(p)), too: l(p) true or estimated.
 
     logits (N, C, h, w), labels (N, h, w) in 0..C-1 or 255 -> scalar, the mean over the labelled pixels of the batch.
     """
     # DEPARTS: BoxSup's Eq. 1 prints a sum over pixels, whose gradient would grow with the crop. The mean, as Box2Seg's.
+    # PAPER SILENT: what BoxSup's e is, "the per-pixel loss function" (Sect. 3). The cross-entropy, as in the FCN.
     # PAPER SILENT: how images are reduced. Here one mean over all labelled pixels of the batch; L_fg, L_bg, L_alpha
     # and L_A, where each image has areas of its own, are means over images.
     if labels.shape != logits[:, 0].shape:  # gather would quietly take a corner
@@ -219,6 +221,8 @@ def pair_samples(labels, num_classes, fraction=0.1):
 
     labels (N, h, w) -> (N,) int64, at least 1.
     """
+    if labels.ndim != 3:
+        raise ValueError(f"labels {tuple(labels.shape)}: expected (N, h, w)")
     # PAPER SILENT: how 10 % of the pairs go together with "equally from each class" where a class has fewer pixels than
     # its share. Its pixels are drawn more than once, and repeated pairs count, so that fewer than 10 % are distinct.
     classes = torch.arange(num_classes, device=labels.device).view(1, -1, 1, 1)
@@ -233,7 +237,8 @@ def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
 
     embeddings (N, d, h, w); targets (N, C, h, w), y: class probabilities, or one-hot M in stage 1; labels (N, h, w),
     the classes to sample by; num_samples: pixels sampled per class present, background included (an int, or (N,) of
-    pair_samples); generator: on the device of labels -> scalar.
+    pair_samples); generator: on the device of labels -> scalar. End the branch of the embeddings without a ReLU: one
+    that is exactly 0 has no direction, and its gradient is huge.
 
     "To avoid creating large affinity matrices of size m x m, we randomly sample a small fraction of pixel embeddings
     equally from each class" (Sect. 3.4). Equally: a class with fewer pixels than num_samples has them sampled again,
@@ -256,7 +261,7 @@ def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
     if torch.is_tensor(num_samples):
         num_samples = num_samples.view(-1, 1)
     # Sample: shuffle the pixels within each class, and deal num_samples out over their ranks.
-    shuffle = torch.rand(labels.shape, generator=generator, device=labels.device)
+    shuffle = torch.empty(labels.shape, device=labels.device).uniform_(generator=generator)  # as rand, but it compiles
     order = (labels + 0.5 * shuffle).argsort(1)  # by class, at random within it (half: 4 + 0.99999999 would round to 5)
     group = labels.gather(1, order)
     first = torch.searchsorted(group, group)                                      # where the pixel's class begins,
@@ -288,8 +293,8 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
     logits (N, L+1, h, w); alpha (N, L, h, w) in [0, 1], or None if lambda_aw = 0; embeddings (N, d, h, w), or None if
     lambda_a = 0; box_labels, mask_labels (N, h, w); regularizer "fr" (L_alpha^fr) or "box" (L_alpha^bbox, Eq. 6).
     lambda_aw = 0 leaves out L_AW and L_alpha, lambda_a = 0 leaves out L_A, which makes the rows of Table 3.
-    fill_labels (N, h, w): labels for the filling rates of L_alpha^fr, where they are not mask_labels (Table 4:
-    GrabCut's beside true masks).
+    fill_labels (N, h, w): labels for the filling rates of L_alpha^fr, where they are not mask_labels (ours: GrabCut's
+    beside true masks, for Table 4).
     -> (scalar, {"L_GC": ..., "L_AW": ..., "L_alpha": ..., "L_A": ...}), the terms unweighted and detached.
     """
     # DEPARTS: Sect. 4.1 prints the weights 10, 1, 1; ours are 1, 5, 1. Where attention fills less than gamma eta, its
@@ -298,6 +303,8 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
     # L_AW is then L_bg at ten times its weight. With lambda_alpha = 5 lambda_AW it grows where y_c > exp(-5) = 0.007.
     # PAPER SILENT: how many pixels L_A samples in stage 2. 256 of each class here; train_box2seg.py samples as many as
     # in stage 1, 10 % of the pairs.
+    if lambda_aw and alpha is None or lambda_a and embeddings is None:
+        raise ValueError("without alpha lambda_aw must be 0, without embeddings lambda_a")
     terms = {"L_GC": cross_entropy_loss(logits, mask_labels)}
     loss = terms["L_GC"]
     if lambda_aw:
@@ -336,6 +343,11 @@ def filling_rate_loss(logits, box_labels, rates):
     """
     # DEPARTS: the pixels are ranked "in each bounding box" (Sect. 2). B does not tell two boxes of one class apart, so
     # theirs are ranked together.
+    N, L = len(logits), logits.shape[1] - 1
+    if box_labels.shape != logits[:, 0].shape:
+        raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit logits {tuple(logits.shape)}")
+    if rates.shape not in ((L,), (N, L)):
+        raise ValueError(f"rates {tuple(rates.shape)}: expected {(L,)} or {(N, L)}")
     log_y = F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), dim=1)
     classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1)
     B = box_labels.flatten(1)[:, None] == classes                                                 # (N, L, m)
@@ -393,6 +405,8 @@ def regression_cost(logits, superpixels, members, boxes, classes):
     # where such pixels counted for none (docs/results.md, "Network feedback"). (Where the smallest box's segment leaves
     # them free, a larger box's may be painted there; that is not counted.)
     (H, W), K, R = superpixels.shape, len(boxes), members.shape[1]
+    if len(classes) != K:
+        raise ValueError(f"{len(classes)} classes for {K} boxes")
     if logits.shape[1:] != superpixels.shape:  # gather would quietly take a corner
         raise ValueError(f"superpixels {tuple(superpixels.shape)} do not fit logits {tuple(logits.shape)}")
 
@@ -429,6 +443,8 @@ def recognized_share(logits, boxes, classes):
     A network that does not recognize an object takes it for background; Eq. 3 is then smallest for the smallest
     segment, and the masks become scraps, from which the network learns that there is nothing but background.
     """
+    if len(classes) != len(boxes):
+        raise ValueError(f"{len(classes)} classes for {len(boxes)} boxes")
     y, x = (torch.arange(side, device=boxes.device) for side in logits.shape[1:])
     x0, y0, x1, y1 = boxes[:, :, None].unbind(1)                                                  # (K, 1) each
     inside = ((y0 <= y) & (y < y1))[:, :, None] & ((x0 <= x) & (x < x1))[:, None]                 # (K, H, W)
@@ -445,9 +461,11 @@ def candidate_cost(logits, superpixels, members, candidate_boxes, boxes, classes
     costs.topk(5, largest=False).
     """
     # DEPARTS: Eq. 2 prints 1/N before the sum over segments. A box activates one segment, so that one term of the sum
-    # is left; divided by the N = 3,500 segments it would be nothing beside E_r. Left out.
+    # is left; divided by the N segments, thousands here, it would be nothing beside E_r. Left out.
     # DEPARTS: Sect. 4.3 samples from the segments "with the largest costs", after it has asked for the cost that "is
     # the smallest among all candidates". Eq. 4 is a minimum: we take the smallest.
+    if len(candidate_boxes) != len(members):
+        raise ValueError(f"{len(candidate_boxes)} boxes of {len(members)} segments")
     if logits is None:
         return overlap_cost(boxes, candidate_boxes)
     return overlap_cost(boxes, candidate_boxes) + weight * regression_cost(logits, superpixels, members, boxes, classes)

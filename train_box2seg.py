@@ -73,7 +73,8 @@ FIXED = ("aw-mask", "aw-flat", "aw-one")    # rows whose attention is given, so 
 
 # --recipe sets these defaults; a flag of its own overrides each.
 # PAPER SILENT: batch size, crop, and how long stage 1 lasts; 16 (DeepLab's of the time is 10 to 20), 321 (DeepLab's),
-# and 5 epochs, an eighth of stage 2. The poly schedule runs anew in each stage.
+# and 5 epochs, an eighth of stage 2. The poly schedule runs anew in each stage. Of an epoch's random order those images
+# that fill no batch wait for another epoch.
 # PAPER SILENT: augmentation. Scale 0.5 to 2, flip and crop are what DeepLab and its kin of the time used; they had no
 # jitter of colours, which is 0.3 here, in the paper's recipe too. Not measured: 0.
 # PAPER SILENT: the power of the "polynomially decaying learning rate as in [7]", and whether it decays by steps or

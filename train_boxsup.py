@@ -59,6 +59,9 @@ from model import (BACKBONES, BadInput, Box2SegNet, DeepLabVGG16, Interrupted, P
 # mIoU on val in the paper. Table 1: boxes only 62.0, 1,464 masks and 9,118 boxes 63.5, masks only 63.8.
 # Table 2: rectangles 52.3, GrabCut 55.2, without sampling (--top-k 1) 59.7. Table 3: SS 59.5, GOP 60.4, MCG 62.0.
 # All of them after the CRF (evaluate.py --crf); the mIoU that training prints is without it.
+# PAPER SILENT: how GrabCut is run for Table 2 ("We also use GrabCut [26]"). As for Box2Seg; its masks are better than
+# those of OpenCV's plain GrabCut (76.2 and 71.2 mIoU on 2007's training images; the networks 48.4 and 44.2 after 44
+# epochs: docs/results.md, "BoxSup, 21 classes"), for which grabcut_labels.py names the flags.
 SUPERVISION = ("candidates", "rectangles", "grabcut", "masks")
 
 # --recipe sets these defaults; a flag of its own overrides each.

@@ -27,7 +27,7 @@ BoxSup, whichever the file or function implements. What the choices about Box2Se
 
 Two choices have no single line. Scores are those of the last epoch, never of the best one, which would be chosen on the
 images that are scored. And nothing was searched on the whole of VOC 2012, where Box2Seg reports "a grid search of
-hyper-parameters on a held out validation set"; what was chosen on a part of it says so.
+hyper-parameters on a held out validation set", and BoxSup one on 100 images; what was chosen on a part of it says so.
 """
 INTRODUCTION = {
     "PAPER SILENT": "## PAPER SILENT: the paper says nothing\n\nWhat is missing; what the code does, and why.\n",

@@ -1020,6 +1020,19 @@ def test_generator_decides_the_draws():
     assert torch.equal(first, losses.affinity_loss(*arguments))
 
 
+def test_box2seg_compiles_for_batches_of_several_sizes():
+    """A last batch may be smaller. Traced and run, not translated: no C++ compiler is needed."""
+    compiled = torch.compile(losses.box2seg_loss, backend="eager")
+    for n, side in ((3, 8), (2, 8), (2, 11)):
+        labels = torch.randint(0, 4, (n, side, side))
+        arguments = torch.randn(n, 4, side, side), torch.rand(n, 3, side, side), torch.randn(n, 5, side, side)
+        values = []
+        for function in (losses.box2seg_loss, compiled):
+            torch.manual_seed(0)
+            values.append(function(*arguments, labels, labels, num_samples=9)[0])
+        torch.testing.assert_close(*values)
+
+
 def test_affinity_loss_does_not_see_scale():
     """Cosine: an embedding's length is nothing, and the gradient is at right angles to it."""
     x = scene()
@@ -1125,6 +1138,9 @@ def test_box2seg_leaves_terms_out():
     for names, options in rows.items():
         total, terms = losses.box2seg_loss(x.logits, box_labels=x.box_labels, mask_labels=x.mask_labels, **options)
         assert tuple(terms) == names and total.requires_grad and not any(t.requires_grad for t in terms.values())
+    for alpha, embeddings, options in ((None, x.embeddings, {}), (x.alpha, None, {}), (None, None, {"lambda_aw": 0})):
+        with pytest.raises(ValueError, match="without alpha lambda_aw must be 0, without embeddings lambda_a"):
+            losses.box2seg_loss(x.logits, alpha, embeddings, x.box_labels, x.mask_labels, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1432,6 +1448,20 @@ def test_regression_cost_refuses_what_it_would_misread():
                        losses.regression_cost(**x))
 
 
+def test_boxsup_refuses_numbers_that_do_not_go_together():
+    """One class for all boxes, or one box for all segments, would broadcast; a class too many would not be seen."""
+    x = boxsup_scene(BOXES["apart"])
+    K, N = len(x["boxes"]), len(x["members"])
+    candidate_boxes = torch.zeros(N, 4, dtype=torch.long)
+    for classes in (x["classes"][:1], torch.cat([x["classes"], x["classes"][:1]])):
+        with pytest.raises(ValueError, match=f"{len(classes)} classes for {K} boxes"):
+            losses.regression_cost(**x | dict(classes=classes))
+        with pytest.raises(ValueError, match=f"{len(classes)} classes for {K} boxes"):
+            losses.recognized_share(x["logits"], x["boxes"], classes)
+    with pytest.raises(ValueError, match=f"1 boxes of {N} segments"):
+        losses.candidate_cost(**x, candidate_boxes=candidate_boxes[:1])
+
+
 def test_overlap_cost_needs_no_pixels():
     boxes = torch.tensor([[0.1, 0.2, 0.4, 0.6], [0.5, 0.5, 0.9, 0.9]], dtype=torch.float64)
     torch.testing.assert_close(losses.overlap_cost(boxes, boxes), losses.overlap_cost(1000 * boxes, 1000 * boxes))
@@ -1459,6 +1489,17 @@ def test_labels_of_another_shape_are_refused(name, value, wrong):
     assert getattr(losses, name)(*arguments, labels).isfinite().all()
     with pytest.raises(ValueError, match="labels .* do not fit (logits|alpha)"):
         getattr(losses, name)(*arguments, wrong(labels))
+
+
+def test_shapes_of_samples_and_rates_are_refused():
+    logits, labels = torch.randn(3, 4, 8, 9), torch.randint(0, 4, (3, 8, 9))
+    with pytest.raises(ValueError, match=r"\(3, 1, 8, 9\): expected \(N, h, w\)"):
+        losses.pair_samples(labels[:, None], 4)
+    for rates in (torch.tensor(0.5), torch.rand(1), torch.rand(3, 1), torch.rand(4), torch.rand(1, 3)):
+        with pytest.raises(ValueError, match=r"rates .*: expected \(3,\) or \(3, 3\)"):
+            losses.filling_rate_loss(logits, labels, rates)
+    with pytest.raises(ValueError, match="box labels .* do not fit logits"):
+        losses.filling_rate_loss(logits, labels[:, :-1], torch.rand(3))
 
 
 @pytest.mark.parametrize("wrong", [lambda labels: labels[:, None], lambda labels: labels[:1],
