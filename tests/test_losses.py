@@ -1021,8 +1021,11 @@ def test_generator_decides_the_draws():
 
 
 def test_box2seg_compiles_for_batches_of_several_sizes():
-    """A last batch may be smaller. Traced and run, not translated: no C++ compiler is needed."""
-    compiled = torch.compile(losses.box2seg_loss, backend="eager")
+    """A last batch may be smaller. Traced and run, not translated: no C++ compiler is needed. As pasted, since the
+    compiler leaves functions of its own in the module."""
+    namespace = {}
+    exec("import torch\nimport torch.nn.functional as F\n\n" + source_alone("box2seg_loss"), namespace)
+    compiled = torch.compile(namespace["box2seg_loss"], backend="eager")
     for n, side in ((3, 8), (2, 8), (2, 11)):
         labels = torch.randint(0, 4, (n, side, side))
         arguments = torch.randn(n, 4, side, side), torch.rand(n, 3, side, side), torch.randn(n, 5, side, side)
