@@ -122,7 +122,7 @@ def permutohedral_lattice(features):
     #    is the addition of a constant.
     unit = [math.prod(map(int, room[:j])) for j in range(d)] + [0]
     units = torch.tensor(unit, device=device)[:, None]
-    first = ((corner - low).long() * units).sum(0)                                 # (N,), colour 0
+    first = ((corner - low).long() * units).sum(0)                                  # (N,), colour 0
     # From colour r to r + 1: 1 up in all coordinates, and d + 1 down in the one of rank d - r.
     step = sum(unit) - (d + 1) * torch.empty_like(rank).scatter_(0, place, units.expand(-1, N))
     names = first + step.cumsum(0) - step                                           # (d + 1, N)
