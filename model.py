@@ -365,9 +365,10 @@ class Box2SegNet(nn.Module):
     def train(self, mode=True):
         """nn.Module.train; but where freeze_batch_norm() was called, the encoder's BatchNorm stays in eval mode."""
         super().train(mode)
-        for module in self.encoder.modules():
-            if self.frozen and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
+        if self.frozen:
+            for module in self.encoder.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         return self
 
     def freeze_batch_norm(self):
