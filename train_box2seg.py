@@ -290,7 +290,7 @@ def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="(paper): the value is Box2Seg's. (ours): the paper does not say, or we depart from it. Learning rate\n"
-               "and loss weights belong together: see README.md, 'Learning rate and weights'.")
+               "and loss weights belong together: see README.md, 'Learning rate and loss weights'.")
     add_common_arguments(parser, RECIPES, "runs/LOSS")
     add = parser.add_argument_group("supervision").add_argument
     add("--label-dir", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ are or are to be made (default: in "
