@@ -1,12 +1,13 @@
 """
-The fully connected CRF with Gaussian pairwise terms: labels settle along the edges of the image.
+The fully connected CRF with Gaussian pairwise terms: it moves the borders of the prediction to edges of the image.
 
 Kraehenbuehl and Koltun, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials" (NIPS 2011), which
 both papers run on their network's output: Box2Seg's row (C) of Tables 1 and 2 (74.9 -> 76.4), and BoxSup's Sect. 5
 throughout. Eq. 1 to 5 and Alg. 1 below are that paper's. Its filter is the permutohedral lattice of Adams, Baek and
 Davis, "Fast High-Dimensional Filtering Using the Permutohedral Lattice" (Eurographics 2010), here as products of sparse
 matrices. PyTorch alone, on CPU or GPU; pydensecrf, the authors' C++ code with a Python wrapper, is a second backend,
-and what the tests compare with.
+and what the tests compare with. Read first mean_field(), the algorithm, then crf_kernels(), its two kernels;
+permutohedral_lattice() only makes them fast.
 
 Run:    python crf.py holiday.jpg holiday.npy                                       (Box2Seg's network, ResNet-101)
         python crf.py holiday.jpg holiday.npy --preset vgg16-plain                  (BoxSup's)
@@ -75,7 +76,8 @@ def permutohedral_lattice(features):
     N (d + 1) corners that some pixel touches exist; the others hold 0 and pass nothing on, as in the authors' code.
 
     All in float32, and int64 for the names of corners: float64 is needed nowhere. The order of operations is that of
-    the authors' code. It matters: a pixel that lies on the border of two simplices by rounding creates other corners.
+    the authors' code. It matters: rounding decides in which of two simplices a pixel on their border lies, and so which
+    corners exist.
     Raises ValueError if the features spread too far.
     """
     (N, d), device = features.shape, features.device
@@ -206,8 +208,8 @@ def mean_field(unary, weighted_kernels, iterations=ITERATIONS):
     for _ in range(iterations):
         logits = -unary
         for w, kernel in weighted_kernels:
-            logits.add_(apply(kernel, q), alpha=w)
-        q = logits.softmax(dim=1)
+            logits.add_(apply(kernel, q), alpha=w)          # message passing (Eq. 5) and compatibility transform
+        q = logits.softmax(dim=1)                           # local update and normalization
     return q
 
 
@@ -376,10 +378,10 @@ def main(argv):
     add("--preset", choices=sorted(PRESETS), default="resnet101", help="parameters for Box2Seg's network (resnet101: "
         "w 4, xy 67, rgb 3), for BoxSup's (vgg16-plain: w 5, xy 50, rgb 10) or its LargeFOV (vgg16: w 4, xy 121, "
         "rgb 5) (ours: %(default)s)")
-    add("--w", type=float, help="weight of the bilateral kernel: near and alike in colour (ours: the preset's)")
+    add("--w", type=float, help="weight of the bilateral kernel, for pixels near and similar (ours: the preset's)")
     add("--xy", type=float, help="its standard deviation in pixels (ours: the preset's)")
     add("--rgb", type=float, help="its standard deviation in colour, in steps of 0..255 (ours: the preset's)")
-    add("--gaussian-w", type=float, help="weight of the Gaussian kernel: near (ours: 3)")
+    add("--gaussian-w", type=float, help="weight of the Gaussian kernel, for near pixels (ours: 3)")
     add("--gaussian-xy", type=float, help="its standard deviation in pixels (ours: 3)")
     add("--iterations", type=int, default=ITERATIONS, help="iterations of the mean field (ours: %(default)s)")
     add("--backend", choices=["torch", "pydensecrf"], default="torch", help="(ours: %(default)s)")

@@ -1,10 +1,10 @@
 """
-Scores: predictions against the masks of a VOC devkit, as the tables of both papers have them.
+Scores predictions against the ground-truth masks of a VOC devkit, as in the tables of both papers.
 
 Box2Seg (Kulharia et al., ECCV 2020) Sect. 4.2, Tables 1 and 2, and BoxSup (Dai et al., ICCV 2015) Sect. 5 report the
-mean intersection over union (mIoU) on VOC 2012's val, 1449 images. It is the benchmark's measure: the pixels of *all*
-images are counted in one table of truth against prediction, at the images' own sizes, without those whose truth is 255
-(the border around objects); IoU per class from that table; then the mean over classes, background included.
+mean intersection over union (mIoU) on VOC 2012's val, 1449 images. As in the benchmark, there is one confusion matrix
+for the pixels of *all* images, at their original resolution, without pixels whose ground truth is 255 (the border
+around objects); IoU per class from that matrix; then the mean over classes, background included.
 
 Run:    python evaluate.py --data VOCdevkit --checkpoint runs/box2seg/last.pt
         python evaluate.py --data VOCdevkit --labels VOCdevkit/VOC2012/GrabCutMasks     (the row GrabCut-NoTrain-GT)
@@ -564,9 +564,9 @@ def trimap_picture(voc, name, runs, args):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the two jobs
+# evaluate(): a list with ground truth; predict_folder(): plain images
 
-# what there is in a VOC2012 folder, and nothing may be written over
+# what a VOC2012 folder holds, which must not be overwritten
 DATA = "JPEGImages Annotations SegmentationClass SegmentationClassAug BoxMasks GrabCutMasks class_names.txt".split()
 
 
@@ -662,7 +662,7 @@ def evaluate(args):
         kind = read_label if args.against else read_prediction
         return truth, kind(args.labels / f"{name}.png", truth.shape, len(names))
 
-    def read_image_and_truth(name):                                                         # truth, (H, W, 3) uint8
+    def read_truth_and_image(name):                                                 # (H, W), (H, W, 3), both uint8
         image = read_image(image_path(voc, name))
         return read_label(truth_path(voc, name), image.shape[:2], len(names)), image
 
@@ -674,8 +674,8 @@ def evaluate(args):
     else:
         work = (functools.partial(try_crfs, grid=crf_grid(args)) if args.crf_search else
                 functools.partial(refine_labels, crf=args.crf))
-        predicted = lambda name: work(*add_probabilities(*read_image_and_truth(name)))
-        results = in_order(ids, read_image_and_truth, add_probabilities, work, crf_workers(args))
+        predicted = lambda name: work(*add_probabilities(*read_truth_and_image(name)))
+        results = in_order(ids, read_truth_and_image, add_probabilities, work, crf_workers(args))
     if args.crf_search:
         return crf_search(results, len(ids), args)
 
@@ -1085,7 +1085,7 @@ def crf_search(results, count, args):
     return finish(failed)
 
 
-def main(argv):
+def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0].strip(),
         epilog="(paper): the value is the papers'. (ours): the papers do not say.")
@@ -1106,7 +1106,7 @@ def main(argv):
 
     add = parser.add_argument_group("dense CRF on the predictions (crf.py)").add_argument
     add("--crf", nargs="?", const="auto", choices=["auto", *PRESETS], metavar="PRESET", help="refine them (paper), "
-        "with the parameters for a vgg16-plain, vgg16 (LargeFOV) or resnet101 (ours: that which is most like the "
+        "with the parameters for vgg16-plain, vgg16 (LargeFOV) or resnet101 (ours; default: the one closest to the "
         "network)")
     add("--crf-w", type=float, metavar="W", help="weight of the bilateral kernel, instead of the preset's")
     add("--crf-xy", type=float, metavar="PIXELS", help="its standard deviation in space")
@@ -1201,6 +1201,11 @@ def main(argv):
         parser.error(f"--pseudo-label-dir {args.pseudo_label_dir}: no such folder")
     if args.json and (args.json.is_dir() or args.json.parent.is_file()):
         parser.error(f"--json {args.json}: expected the name of a file")
+    return args
+
+
+def main(argv):
+    args = parse_arguments(argv)
     try:
         args.device = pick_device(args.device)
         torch.backends.cudnn.allow_tf32 = False         # on recent GPUs PyTorch rounds convolutions to it otherwise

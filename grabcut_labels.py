@@ -23,8 +23,8 @@ reads VOC's files, and brings boxes of one's own into VOC's form.
 
 With --coco or --yolo it first writes what it otherwise reads, and import.json, which says what it was made from.
 What exists is kept, unless its boxes were corrected since: a second run makes only what is missing, so a run may be
-interrupted at any time. Delete a folder to make it anew. Expect about 0.12 s a box on one core; no truth is read, so
-evaluate.py --labels shows how good M is.
+interrupted at any time. Delete a folder to make it anew. Expect about 0.12 s per box on one core. No ground truth is
+read; how good M is, evaluate.py --labels tells.
 """
 import argparse
 import contextlib
@@ -98,21 +98,22 @@ STAYS_WHOLE = "box stays whole"  # the second attempt found too little as well
 
 
 def cielab(image):
-    """(h, w, 3) uint8 RGB -> uint8 L, a, b. OpenCV stretches L from 0..100 to 0..255; here a and b
-    alike, up to +-50: what is more saturated is cut there (0.9 % of the pixels of VOC's photographs)."""
+    """(h, w, 3) uint8 RGB -> uint8 L, a, b, all scaled by 2.55: L from 0..100 to 0..255 by OpenCV, a and b here, around
+    128; a and b beyond +-50 are clipped (0.9 % of the pixels of VOC's photographs)."""
     lab = cv2.cvtColor(image, cv2.COLOR_RGB2LAB).astype(np.float32)
     lab[..., 1:] = 128 + 2.55 * (lab[..., 1:] - 128)
     return np.rint(lab).clip(0, 255).astype(np.uint8)
 
 
 def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=240, min_fill=0.15, colours="lab"):
-    """GrabCut on one box -> (H, W) bool mask, and None if the first attempt found it, or why there was a second.
+    """GrabCut on one box -> (mask, why): the object, (H, W) bool, inside the box; None if the first attempt found it,
+    otherwise why there was a second one: COVERS_IMAGE, EMPTY or TOO_SMALL, or STAYS_WHOLE if it failed as well (then
+    the mask is the whole box).
 
-    Why: COVERS_IMAGE, EMPTY or TOO_SMALL; STAYS_WHOLE if the second failed as well, and the mask is the whole box.
-
-    image: (H, W, 3) uint8 RGB; box: x0, y0, x1, y1 inside it, half-open; same_class: (H, W) bool, what lies in boxes of
-    its class (default: in this one); colours: "lab" or "rgb". The mask never leaves the box. It depends on nothing
-    else, such as the order of calls or the thread: the seed of the mixtures' k-means is set for each box.
+    image: (H, W, 3) uint8 RGB; box: x0, y0, x1, y1 inside it, half-open; same_class: (H, W) bool, union of the boxes of
+    its class (default: this box); margin: in box sides; working_size: in pixels; min_fill: share of the box; colours:
+    "lab" or "rgb". The mask depends on the arguments alone, not on the order of calls or the thread: the seed of the
+    mixtures' k-means is set for each box.
     """
     x0, y0, x1, y1 = (int(corner) for corner in box)
     mask = np.zeros(image.shape[:2], bool)
@@ -137,16 +138,16 @@ def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=
     # (unless they leave less than a tenth of the margin).
     state = np.full(small.shape[:2], cv2.GC_BGD, np.uint8)          # 0, 1 sure, 2, 3 probable; odd is the foreground
     state[own] = cv2.GC_PR_FGD
-    ring = np.count_nonzero(state == cv2.GC_BGD)
+    margin_pixels = np.count_nonzero(state == cv2.GC_BGD)
     probable = inside                                                                             # (h, w) bool
-    if same_class is not None and ring:
+    if same_class is not None and margin_pixels:
         shared = cv2.resize(same_class[window].astype(np.float32), size, interpolation=cv2.INTER_AREA) > 0.5
-        if np.count_nonzero(~shared & (state == cv2.GC_BGD)) >= 0.1 * ring:
+        if np.count_nonzero(~shared & (state == cv2.GC_BGD)) >= 0.1 * margin_pixels:
             state[shared] = cv2.GC_PR_FGD
             probable = inside | same_class[window]
 
     def cut(state):
-        """From a start -> the object, (h, w) bool inside the box, or None, and why there is none."""
+        """One attempt from an initial `state` (GC_* per working pixel) -> (object (h, w) bool, None) or (None, why)."""
         # Each iteration: assign pixels to Gaussians and refit them, five for each side, then cut (GrabCut's steps 1
         # to 3).
         background, foreground = np.zeros((1, 65)), np.zeros((1, 65))  # the two mixtures, written in place
@@ -169,22 +170,22 @@ def grabcut(image, box, same_class=None, iterations=5, margin=0.1, working_size=
         if scale < 1:  # back at full size, one more iteration, in which only pixels near the boundary may change
             found = cv2.resize(found.astype(np.float32), (w, h), interpolation=cv2.INTER_LINEAR) > 0.5
             found = (found & probable).astype(np.uint8)                                           # (h, w)
-            near = np.ones((2 * int(np.ceil(2 / scale)) + 1,) * 2, np.uint8)  # two working pixels each way
+            kernel = np.ones((2 * int(np.ceil(2 / scale)) + 1,) * 2, np.uint8)  # two working pixels each way
             state = np.where(found == 1, np.uint8(cv2.GC_PR_FGD), np.uint8(cv2.GC_PR_BGD))
-            state[cv2.erode(found, near) == 1] = cv2.GC_FGD
-            state[(cv2.dilate(found, near) == 0) | ~probable] = cv2.GC_BGD
+            state[cv2.erode(found, kernel) == 1] = cv2.GC_FGD
+            state[(cv2.dilate(found, kernel) == 0) | ~probable] = cv2.GC_BGD
             cv2.grabCut(crop, state, None, background, foreground, 1, cv2.GC_EVAL)
             found = state & 1
         found = (found == 1) & inside
         enough = np.count_nonzero(found) >= min_fill * (x1 - x0) * (y1 - y0)
         return (found, None) if enough else (None, TOO_SMALL)
 
-    found, why = cut(state.copy()) if ring else (None, COVERS_IMAGE)
+    found, why = cut(state.copy()) if margin_pixels else (None, COVERS_IMAGE)
     if why:  # the second attempt
         ys, xs = ((2 * np.arange(n) + 1) / n - 1 for n in state[own].shape)
         radius = np.hypot(ys[:, None], xs)                     # 0 in the box's middle, 1 where its sides are reached
         state[own][radius <= 0.7] = cv2.GC_FGD
-        if not ring:
+        if not margin_pixels:
             state[own][radius > 1] = cv2.GC_PR_BGD
         if not (state & 1).all():                              # but in a tiny image no pixel is left for background
             found, _ = cut(state)
@@ -447,7 +448,7 @@ def make_detector(names, name="fasterrcnn_resnet50_fpn_v2", weights=None, device
     """
     # DEPARTS: the paper's detector is SNIPER (Sect. 4.2). Ours is one of torchvision's, trained on COCO: it needs no
     # code beyond what is installed.
-    # PAPER SILENT: which of the detector's boxes count and what it was trained on; those of 0.5 or more here.
+    # PAPER SILENT: the detector's score threshold and its training data; 0.5 here, and COCO.
     import torch  # here, so that labels from annotations need no torch
     from torchvision.models import detection, get_model_weights, list_models
     try:
@@ -509,8 +510,8 @@ def fill_rates(box_labels, mask_labels):
 
 def fill_rate_table(folders, ids, names):
     """The filling rates of B and M on disk: {"images": {id: {class: rate}}, "classes": {class: statistics}}."""
-    # PAPER SILENT: of which masks Fig. 2's rates are, and whether box by box. GrabCut's here, and as Eq. 7 counts them,
-    # of a class's boxes in an image together.
+    # PAPER SILENT: from which masks Fig. 2's rates are computed, and whether per box. Here from GrabCut's, and as in
+    # Eq. 7: one rate per image and class, over all its boxes together.
     images = {}
     for image_id in tqdm(ids, "filling rates", unit="image", disable=None):
         box_labels = read_label(folders[0] / f"{image_id}.png", num_classes=len(names))
@@ -528,7 +529,7 @@ def fill_rate_table(folders, ids, names):
 def class_fill_rates(voc, ids, out=None):
     """Labels on disk -> (L,) float32 tensor: each class's mean filling rate, 1 for a class that has no box."""
     # DEPARTS: Song et al. estimate their rates by a dense CRF, box by box, and have 1 to 3 a class (Sect. 2, Fig. 2).
-    # Ours are of GrabCut's masks, of a class's boxes in an image together, one a class.
+    # Ours: one rate per class, the mean over images of Eq. 7, from GrabCut's masks.
     import torch
     names = class_names(voc)
     classes = fill_rate_table(label_paths(voc, out), ids, names)["classes"]
@@ -1556,12 +1557,12 @@ def parse_arguments():
     add("--fill-rates", metavar="NAME", help="also write the filling rates (Eq. 7) of images and classes to NAME.json, "
         "and a figure like Fig. 2 to NAME.png")
     cut = parser.add_argument_group("GrabCut (one run per box: paper)")
-    cut.add_argument("--iterations", type=int, default=GRABCUT["iterations"], help="at most so many fits "
-                     "and cuts (default: %(default)s, ours)")
-    cut.add_argument("--margin", type=float, default=GRABCUT["margin"], help="what the background's colours are learnt "
-                     "from: so much of the box's width and height around it (default: %(default)s, ours)")
-    cut.add_argument("--working-size", type=int, default=GRABCUT["working_size"], help="a larger box and margin are "
-                     "scaled down to the area of a square of so many pixels a side, but for a last cut (default: "
+    cut.add_argument("--iterations", type=int, default=GRABCUT["iterations"], help="at most this many "
+                     "iterations of GrabCut (default: %(default)s, ours)")
+    cut.add_argument("--margin", type=float, default=GRABCUT["margin"], help="width of the band around the box from "
+                     "which the background is learnt, in box widths and heights (default: %(default)s, ours)")
+    cut.add_argument("--working-size", type=int, default=GRABCUT["working_size"], help="box and margin are scaled down "
+                     "to an area of at most this many pixels squared, except for the last iteration (default: "
                      "%(default)s, ours)")
     cut.add_argument("--min-fill", type=float, default=GRABCUT["min_fill"], help="where GrabCut keeps less than this "
                      "part of a box, it starts again from an ellipse in the middle (default: %(default)s, ours)")

@@ -15,7 +15,7 @@ al., ECCV 2020), Sect. 3.
     eta     fill_rate()          (N, L)          [0, 1]      share of class c's box area that M fills
     eta'    attention_fill_rate  (N, L)          [0, 1]      share of class c's box area that alpha fills
 
-B and M are one-hot tensors in the paper and index maps here, which is the same thing, since a pixel has one class.
+B and M are one-hot tensors in the paper and label maps (class indices) here: equivalent, since a pixel has one class.
 
 BoxSup: Exploiting Bounding Boxes to Supervise Convolutional Networks (Dai et al., ICCV 2015), Sect. 3 and 4. One image:
 
@@ -23,35 +23,34 @@ BoxSup: Exploiting Bounding Boxes to Supervise Convolutional Networks (Dai et al
     ------  -------------------  --------------------------  ------------------------------------------------------
     B       boxes                (K, 4)  x0 y0 x1 y1         the annotated boxes, pixels from 0, x1 and y1 exclusive
     l_B     classes              (K,)    1..L                their classes
-    S       members              (N, R)  0 or 1              candidate segments: which superpixels segment n consists of
+    S       members              (N, R)  0 or 1              candidate segments: 1 if segment n contains superpixel r
             superpixels          (H, W)  0..R-1              the superpixel of each pixel
             candidate_boxes      (N, 4)  x0 y0 x1 y1         the tight boxes of the segments
-    l_S                                                      a segment's label: the class of the box that takes it, or 0
+    l_S                                                      a segment's label: class of the box it is assigned to, or 0
     X       softmax(logits)      (L+1, H, W)  [0, 1]         class probabilities; the functions take the logits
     E_o     overlap_cost()       (K, N)  [0, 1]              how badly segment n's box fits box k
-    E_r     regression_cost()    (K, N)  0 and up            what the network would pay if box k took segment n
+    E_r     regression_cost()    (K, N)  0 and up            cross-entropy of the network if box k gets segment n
     lambda  weight                                           3
 
-BoxSup's Eq. 1, what trains the network, is cross_entropy_loss; the costs only rank candidates, no gradient flows.
+BoxSup's Eq. 1, the training loss, is cross_entropy_loss(); the costs only rank candidates, no gradient flows through.
 
-What holds for every loss:
-- 255 means unlabelled (crop padding, VOC's object borders): such a pixel adds to no numerator and to no denominator
-  and gets exactly zero gradient. Turn another sign of it, -1 or -100, into 255 first: cross_entropy_loss refuses labels
-  that are neither 0..L nor 255, but elsewhere such a pixel counts as labelled, with no class.
-- A class, an image or a whole batch without labelled pixels adds a finite 0 that still carries gradient (distributed
-  training needs every parameter to get one).
+Conventions of all losses:
+- 255 marks an unlabelled pixel (crop padding, VOC's object borders): it enters neither numerator nor denominator and
+  gets exactly zero gradient. Map any other ignore value (-1, -100) to 255 first: cross_entropy_loss refuses labels that
+  are neither 0..L nor 255, but the other losses would count such a pixel as labelled, with no class.
+- A class, an image or a whole batch without labelled pixels contributes a finite 0 that still backpropagates (in
+  distributed training every parameter needs a gradient).
 - Computed in float32 for any input type; float64 stays float64 (fill_rate(), a ratio of counts, is float32). Call them
-  outside autocast; inside it the values still hold.
-- No loop over pixels, classes or images, and no host-device synchronisation.
-- Each function runs when its source alone, with the losses that it names, is pasted into a file with the two imports
-  below.
+  outside autocast; inside it the values are the same.
+- No Python loop over pixels, classes or images, and no host-device synchronisation.
+- Each function can be copied alone: paste it, with the losses that it calls, below the two imports that follow.
 """
 import torch
 import torch.nn.functional as F
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sect. 3.2: boxes and GrabCut masks treated as correct labels
+# Box2Seg, Sect. 3.2: box and GrabCut masks taken as correct labels; BoxSup, Eq. 1
 # ---------------------------------------------------------------------------------------------------------------------
 
 def cross_entropy_loss(logits, labels):
@@ -77,7 +76,7 @@ def cross_entropy_loss(logits, labels):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sect. 3.3: boxes as noisy labels, cross-entropy modulated by attention
+# Box2Seg, Sect. 3.3: boxes as noisy labels, cross-entropy weighted by attention
 # ---------------------------------------------------------------------------------------------------------------------
 
 def foreground_loss(logits, alpha, box_labels):
@@ -86,15 +85,16 @@ def foreground_loss(logits, alpha, box_labels):
         L_fg = sum_c  -1 / sum_i B(i, c)  sum_i  alpha(i, c) B(i, c) log y(i, c)        c = 1..L
 
     logits (N, L+1, h, w), alpha (N, L, h, w) in [0, 1], box_labels (N, h, w) -> scalar.
-    Gradient flows into both: where y is sure of class c, attention costs nothing; where it is not, the loss pushes
-    attention down.
+    The gradient reaches both logits and alpha: where y(i, c) is near 1, attention costs nothing; elsewhere the loss
+    pushes attention down, which is why Sect. 3.3 regularizes it.
     """
     # DEPARTS: Eq. 3 prints 1 / sum_i B(i, c) before the sum over c, where c is not bound. We divide each class by its
-    # own box area, "to give similar weighting to each class" as its text says, sum over classes, mean over images.
-    # (Measured on photographs of 21 classes, lambda_AW 0.3: Box2Seg gains because objects' pixels count more, not
-    # because attention is learned. Alpha = M and one divisor for all classes gain as much, alpha = 1 nearly as much.
-    # After twice the epochs the gain is 0.7 points, with noisier M 3.0, where alpha = gamma eta_c in the whole box is
-    # as good as learned. A divisor for each class helps small objects: docs/results.md, "Box2Seg, 21 classes".)
+    # own box area, "to give similar weighting to each class" as its text says, sum over classes, average over images.
+    # (Measured on photographs of 21 classes, lambda_AW 0.3: L_AW helps because object pixels get more weight, not
+    # because attention is learned. Fixed attention alpha = M gains as much, also with one normaliser for all classes;
+    # alpha = 1 gains nearly as much. After twice the epochs 0.7 points of Box2Seg's gain are left; with noisier M it
+    # gains 3.0, but a constant alpha = gamma eta_c in the whole box is then as good as a learned one. The normaliser
+    # per class helps small objects. See docs/results.md, "Box2Seg, 21 classes".)
     if box_labels.shape != logits[:, 0].shape:  # (N, 1, h, w) would broadcast, and cross images
         raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit logits {tuple(logits.shape)}")
     if alpha.shape != logits[:, 1:].shape:      # one map for all classes would broadcast, and Eq. 8 see class 1 alone
@@ -126,7 +126,7 @@ def attention_weighted_loss(logits, alpha, box_labels):
 
 
 def attention_box_loss(alpha, box_labels):
-    """Box2Seg Eq. 6: attention is to fill the box. Without this or L_alpha^fr, alpha = 0 would minimize Eq. 3.
+    """Box2Seg Eq. 6: attention should equal the box mask. Without it or L_alpha^fr, alpha = 0 would minimize Eq. 3.
 
         L_alpha^bbox = sum_i sum_c  || B(i, c) - alpha(i, c) ||^2                       c = 1..L
 
@@ -134,9 +134,10 @@ def attention_box_loss(alpha, box_labels):
     """
     # DEPARTS: Eq. 6 prints a sum over all pixels, thousands of times larger than the other terms, which are means: the
     # network learns little else (on 21 classes 3.5 mIoU in place of 38.2). We take the mean over labelled pixels, the
-    # sum over classes and the mean over images. (In boxes of less than half the crop this keeps attention from 0 less
-    # firmly than L_alpha^fr. Where features are fixed, so that no other gradient can drown in it, the sum keeps
-    # attention alive even at the printed weights: docs/results.md, "Weights of the losses".)
+    # sum over classes and the mean over images. (In boxes of less than half the crop this pulls attention away from 0
+    # with a smaller gradient than L_alpha^fr: 2 / crop area against 1 / box area. With fixed features, where it cannot
+    # drown other gradients, the printed sum keeps attention alive even at the printed weights: docs/results.md,
+    # "Weights of the losses".)
     if box_labels.shape != alpha[:, 0].shape:
         raise ValueError(f"box labels {tuple(box_labels.shape)} do not fit alpha {tuple(alpha.shape)}")
     alpha = alpha.to(torch.promote_types(alpha.dtype, torch.float32))
@@ -180,7 +181,7 @@ def attention_fill_rate(alpha, box_labels):
 
 
 def fill_rate_loss(alpha, box_labels, mask_labels, gamma=0.7):
-    """Box2Seg Sect. 3.3: attention must fill at least gamma of what GrabCut fills, and is free above.
+    """Box2Seg Sect. 3.3, a hinge: attention must fill at least gamma times what GrabCut fills; above that it is free.
 
         L_alpha^fr = sum_c max(0, gamma eta_c - eta'_c)
 
@@ -197,11 +198,11 @@ def fill_rate_loss(alpha, box_labels, mask_labels, gamma=0.7):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sect. 3.4: pixel embeddings
+# Box2Seg, Sect. 3.4: pixel embeddings
 # ---------------------------------------------------------------------------------------------------------------------
 
 def affinity(a, b):
-    """Box2Seg Eq. 9: cosine of the embeddings of every pixel of a with every pixel of b.
+    """Box2Seg Eq. 9: cosine similarity of every embedding in a with every embedding in b.
 
         A(i, j) = beta_i . beta_j / (||beta_i|| ||beta_j||)
 
@@ -223,8 +224,8 @@ def pair_samples(labels, num_classes, fraction=0.1):
     """
     if labels.ndim != 3:
         raise ValueError(f"labels {tuple(labels.shape)}: expected (N, h, w)")
-    # PAPER SILENT: how 10 % of the pairs go together with "equally from each class" where a class has fewer pixels than
-    # its share. Its pixels are drawn more than once, and repeated pairs count, so that fewer than 10 % are distinct.
+    # PAPER SILENT: how to sample 10 % of the pairs "equally from each class" where a class has fewer pixels than its
+    # equal share. Its pixels are drawn more than once; repeated pairs count, so fewer than 10 % are distinct.
     classes = torch.arange(num_classes, device=labels.device).view(1, -1, 1, 1)
     area = (labels[:, None] == classes).sum((2, 3))                                               # (N, L+1)
     return (fraction ** 0.5 * area.sum(1) / (area > 0).sum(1).clamp(min=1)).round().long().clamp(min=1)
@@ -236,15 +237,15 @@ def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
         L_A = 1/|pairs|  sum_{i != j}  (A(i, j) - y_j^T y_i)^2         over sampled pixels of an image, mean over images
 
     embeddings (N, d, h, w); targets (N, C, h, w), y: class probabilities, or one-hot M in stage 1; labels (N, h, w),
-    the classes to sample by; num_samples: pixels sampled per class present, background included (an int, or (N,) of
-    pair_samples); generator: on the device of labels -> scalar. End the branch of the embeddings without a ReLU: one
-    that is exactly 0 has no direction, and its gradient is huge.
+    the classes to sample by; num_samples: pixels sampled per class present, background included (an int, or the (N,)
+    of pair_samples()); generator: on the device of labels -> scalar. The embedding branch must not end in a ReLU: an
+    embedding of exactly 0 has no direction, and its gradient is huge.
 
     "To avoid creating large affinity matrices of size m x m, we randomly sample a small fraction of pixel embeddings
-    equally from each class" (Sect. 3.4). Equally: a class with fewer pixels than num_samples has them sampled again,
-    in turn, so a sample is a pixel and its count w_i. Then even the matrix of the sampled pixels need not be built:
-    with E the unit embeddings and Y the targets as columns, weighted by w, the squares multiply out to small Gram
-    matrices,
+    equally from each class" (Sect. 3.4). Equally: a class with fewer pixels than num_samples repeats them in turn, so
+    that the sample is described by a count per pixel, normalised to weights w_i with sum 1. Then the affinity matrix is
+    never built at all: with the unit embeddings e_i as columns of E, the targets y_i as columns of Y, W = diag(w), the
+    squares multiply out to small Gram matrices,
 
         sum_ij w_i w_j (e_i.e_j - y_i.y_j)^2  =  ||E W E^T||_F^2  -  2 ||E W Y^T||_F^2  +  ||Y W Y^T||_F^2
 
@@ -278,12 +279,12 @@ def affinity_loss(embeddings, targets, labels, num_samples, generator=None):
         ee, ey, yy = (a * w[:, None] @ b.transpose(1, 2) for a, b in ((e, e), (e, y), (y, y)))
     every_pair = ee.square().sum((1, 2)) - 2 * ey.square().sum((1, 2)) + yy.square().sum((1, 2))
     self_pairs = (w * (e.square().sum(1) - y.square().sum(1))).square().sum(1)
-    share = 1 - w.square().sum(1)  # of pairs i != j: 0 for a single sampled pixel, else 4/9 or more (weights 2/3, 1/3)
+    share = 1 - w.square().sum(1)  # weight of the pairs i != j: 0 for one sampled pixel, else >= 4/9 (w = 2/3, 1/3)
     return ((every_pair - self_pairs) * (share > 0.25) / share.clamp(min=0.25)).mean()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sect. 3.5: all of it
+# Box2Seg, Sect. 3.5: the total loss
 # ---------------------------------------------------------------------------------------------------------------------
 
 def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples=256, lambda_aw=1.0, lambda_alpha=5.0,
@@ -330,7 +331,7 @@ def box2seg_loss(logits, alpha, embeddings, box_labels, mask_labels, num_samples
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The comparison method of Sect. 2: a hard choice where Box2Seg has a soft one
+# Box2Seg, Sect. 2, the comparison method: pixels selected by a hard threshold where Box2Seg has soft weights
 # ---------------------------------------------------------------------------------------------------------------------
 
 def filling_rate_loss(logits, box_labels, rates):
@@ -358,7 +359,7 @@ def filling_rate_loss(logits, box_labels, rates):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# BoxSup, Sect. 4: what it would cost box k to take candidate segment n, for all boxes and segments of an image at once
+# BoxSup, Sect. 4: the cost of assigning candidate segment n to box k, for all pairs (k, n) of an image at once
 # ---------------------------------------------------------------------------------------------------------------------
 
 def overlap_cost(boxes, candidate_boxes):
@@ -435,7 +436,8 @@ def regression_cost(logits, superpixels, members, boxes, classes):
 
 
 def recognized_share(logits, boxes, classes):
-    """How much of each box the network predicts as the box's class: how far to trust its costs there.
+    """How much of each box the network predicts as the box's class. Ours, not in the paper: train_boxsup.py sets lambda
+    to 0 for a box where this is small.
 
     logits (L+1, H, W) at the image's own resolution, boxes (K, 4), classes (K,) in 1..L -> (K,) in [0, 1], the
     share of the box's pixels whose most probable class is the box's.

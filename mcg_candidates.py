@@ -59,8 +59,9 @@ from tqdm import tqdm
 # Arbelaez, Pont-Tuset, Barron, Marques, Malik, "Multiscale Combinatorial Grouping", CVPR 2014: contours at several
 # scales, a tree of regions from each, and small groups of neighbouring regions from each tree. In place of its two
 # learned parts contours are distances of local histograms, as in gPb (Arbelaez et al., PAMI 2011), and the ranking is
-# the place in the tree, from its root down. The constants are ours, chosen on some 50 images of VOC's train by the
-# measures of tests/candidate_quality.py, where most of them make little difference.
+# the place in the tree, from its root down. Read mcg() first, at the end of this section: the functions before it are
+# its steps, in order. The constants are ours, chosen on some 50 images of VOC's train by the measures of
+# tests/candidate_quality.py, where most of them make little difference.
 SCALES = 1, 2, 4                              # contours are computed on the image and on reductions by 2 and 4
 SHORTEST_SIDE = 64                            # pixels; a reduction that leaves less is not used: contours would wander
 WORKING_AREA = 250_000                        # pixels; a larger image is reduced to this (VOC's never are)
@@ -232,7 +233,7 @@ def merge_tree(pairs, strength, length, areas, alive=MAX_REGIONS_FOR_GROUPS):
     most alive[0], [1], [2] regions are there then.
     """
     count, areas = len(areas), list(areas)
-    near = [{} for _ in range(count)]                # near[i][j] = [strength x length, length] of the border of i and j
+    near = [{} for _ in range(count)]                # near[i][j] = (strength x length, length) of the border of i and j
     heap = []
     for (i, j), s, n in zip(pairs.tolist(), strength.tolist(), length.tolist()):
         near[i][j] = near[j][i] = (s * n, n)
@@ -295,9 +296,10 @@ def fill_holes(members, pairs, border):
 
 
 def near_duplicates(members, areas, limit=JACCARD):
-    """(N, R) bool, best first -> (N,) bool: whether a better one, itself no duplicate, has Jaccard index > limit.
+    """(N, R) bool, best first; areas (R,) -> (N,) bool: True if a better segment, itself kept, has Jaccard > limit.
 
-    Two segments so alike have areas so alike: only those are compared, in order of area, as a product of matrices.
+    The ratio of two areas is at least their Jaccard index, so only segments of similar area are compared: sorted by
+    area, block by block, as matrix products.
     """
     sizes = members @ areas
     order = np.argsort(-sizes, kind="stable")
@@ -340,7 +342,8 @@ def tree_groups(pairs, strength, length, areas, keys):
     children, groups = merge_tree(pairs, strength, length, areas)
     nodes = tree_nodes(children, np.eye(len(areas), dtype=bool), lambda two: two[0] | two[1])
     node_keys = tree_nodes(children, keys, np.sum)
-    # No superpixel alone: as candidates they change the masks that E_o chooses by 0.1 points of IoU (docs/results.md).
+    # Single superpixels are left out: they would change the masks that E_o chooses by 0.1 points of IoU
+    # (docs/results.md).
     regions = [(n,) for n in range(len(areas), len(nodes))]
     lists = []
     for found in (regions, *groups):
@@ -383,7 +386,8 @@ def mcg(image, max_candidates=MAX_CANDIDATES):
     spectral = spectral_strength(arcs, strengths[-1], len(areas))
     strengths = [(1 - SPECTRAL) * strength + SPECTRAL * spectral for strength in strengths]
 
-    # 3. A tree and four lists from each, interleaved: what is at the same fraction of its list stands together.
+    # 3. From each contour map a tree, from each tree four ranked lists (regions, pairs, triplets, 4-tuples); all lists
+    # are merged by relative rank.
     keys = np.random.default_rng(0).integers(0, 2 ** 64, len(areas), dtype=np.uint64)
     lists = [groups for strength in strengths
              for groups in tree_groups(arcs["pairs"], strength, arcs["length"], areas.tolist(), keys)]
@@ -568,7 +572,7 @@ def selective_search(image, max_candidates=MAX_CANDIDATES, spacing=10, scales=(0
     described = [(histograms(space, superpixels, 25), histograms(texture_channels(space), superpixels, 10))
                  for space in spaces]
     random, ranks, found = np.random.default_rng(0), [], []
-    for scale in scales:  # a segment of 1 % of the image bears a step by 1 or 2 of Lab's units above those inside
+    for scale in scales:  # in a segment of 1 % of the image scale / size is 1 or 2, in units of Lab
         segments = felzenszwalb(pairs, weights, sizes, scale)
         start = np.arange(segments.max() + 1)[:, None] == segments                                # (S, R) bool
         borders = np.sort(segments[pairs], 1)
@@ -1582,8 +1586,8 @@ def parse_arguments():
                       "other boxes are left out (default: VOC's 20, paper; for PASCAL-Context all 80, paper)")
     one = parser.add_argument_group("one image")
     one.add_argument("--image", metavar="FILE", help="show its first candidates: writes FILE_candidates.png beside it")
-    one.add_argument("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="rather those whose tight box "
-                     "fits this one best; pixels from 0, X1 and Y1 not included")
+    one.add_argument("--box", type=int, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="show those whose tight box "
+                     "fits this box best instead; pixels from 0, X1 and Y1 not included")
     arguments = parser.parse_args()
     if arguments.box and not arguments.image:
         parser.error("--box goes with --image")

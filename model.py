@@ -121,8 +121,8 @@ def normalize(images):
     """
     uint8 RGB images (N, H, W, 3), 0..255, on any device -> float32 (N, 3, H, W), ImageNet-normalised.
 
-    To be called after the batch has travelled to the device: a uint8 is a quarter of a float. Images lie in memory
-    pixel by pixel, so the permuted view *is* channels_last, the layout that convolutions like best; it stays so.
+    Call it once the batch is on the device: uint8 is a quarter of the transfer of float32. (N, H, W, 3) permuted *is* a
+    channels_last tensor, the fastest layout for convolutions, and the result keeps it.
     Raises ValueError on anything else than uint8 (N, H, W, 3).
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.numel() == 0:
@@ -185,12 +185,12 @@ def upsample(x, like, align_corners=True):
 
 # ---- where a cell sits ----------------------------------------------------------------------------------------------
 #
-# All layers with a stride pad symmetrically, so that cell i of a map at stride s looks at pixel s * i, and around
-# it. If the image is 32 k + 1 pixels wide (DeepLab's 321, for one), the last cell of every map lies on the last pixel,
-# and all maps, logits and labels align exactly: cell 0 on pixel 0, the last on the last. So crops are of
-# 32 k + 1 pixels, whole images are brought to the nearest such size, upsampling aligns the corners. (Maps stretched
-# over the image instead, align_corners=False, are shifted by up to half a cell of 32 pixels, and not alike in images of
-# 32 k + 1 and of 32 k pixels. Networks trained so lost 2 points of mIoU at test by it; docs/results.md.)
+# A cell is one position of a feature map. All layers with a stride pad symmetrically, so cell i of a map at stride s is
+# centred on pixel s * i. If the image is 32 k + 1 pixels wide (such as DeepLab's 321), the last cell of every map is
+# centred on the last pixel, and all maps, logits and labels align exactly. So crops have 32 k + 1 pixels a side, whole
+# images are resized to the nearest such size, and upsampling is bilinear with align_corners=True. (align_corners=False
+# would shift the maps by up to half a cell of 32 pixels, by different amounts in images of 32 k + 1 and of 32 k pixels;
+# networks trained so lost 2 points of mIoU at test: docs/results.md, "Alignment of feature maps".)
 
 def to_cells(labels, network):
     """Label maps (N, H, W) -> (N, h, w): each cell takes the label of its pixel, so that no label is blended."""
@@ -733,12 +733,12 @@ def predict(model, image, scales=(1.0,), flip=False):
     model   Box2SegNet or DeepLabVGG16: gives logits (1, C, h, w) for normalised images (1, 3, H, W) in eval mode; left
             in the mode it came in
     image   RGB uint8 (H, W, 3), numpy array or tensor, any size
-    scales  the image is resized by each of them, as resized() has it; flip: and each is seen mirrored too. For every
-            view: logits, upsampled bilinearly to (H, W), softmax; the mean over views
+    scales  the image is resized by each of these factors, see resized(); flip: and is also mirrored at each scale. The
+            logits of each view are upsampled bilinearly to (H, W); the result is the mean of their softmax
     Raises ValueError on an image that is not uint8 RGB, on no scale, and on a scale that is not above 0.
     """
     # PAPER SILENT: whether Box2Seg's Table 1 uses several scales or mirroring at test, and at which size a whole image
-    # is seen, in both papers. One view by default, of its own size but for up to 16 pixels a side (VGG-16: 4). And how
+    # is seen, in both papers. One view by default, its size changed by at most 16 pixels a side (VGG-16: 4). And how
     # y gets from m = n / 16 back to n pixels: the logits, bilinearly, before the softmax.
     # DEPARTS: BoxSup averages the score maps of its three scales (Sect. 5.1). We average probabilities: a view with
     # large scores then does not outweigh the others. (On photographs the two differ by 0.1 mIoU: docs/results.md,
@@ -774,7 +774,7 @@ def predict(model, image, scales=(1.0,), flip=False):
 # the batches and does between two steps what has to be done.
 
 class Interrupted(Exception):
-    """Ctrl-C or a polite kill: the step was finished and saved. The message says where, "after step 5 of 9"."""
+    """Ctrl-C or SIGTERM: the step was finished and saved. The message says where, "after step 5 of 9"."""
 
 
 def out_of_memory(error):
@@ -825,7 +825,7 @@ def add_common_arguments(parser, recipes, default_out):
     add("--recipe", default="paper", choices=list(recipes), help="defaults: " + ", ".join(recipes) +
         "; paper: the paper's setting" + " but for learning rate and loss weights" * ("printed" in recipes) +
         ", for a large GPU" +
-        "; printed: its loss weights and learning rate, too, each of which failed here" * ("printed" in recipes) +
+        "; printed: these two as printed as well, each of which failed in our runs" * ("printed" in recipes) +
         "; photos: an encoder that a laptop can train; small: from scratch, on synthetic images (default %(default)s)")
     add("--out", help=f"folder for all that a run writes (default {default_out})")
     add("--resume", action="store_true", help="go on from --out's last.pt, with its arguments")
@@ -849,13 +849,13 @@ def add_common_arguments(parser, recipes, default_out):
     add = parser.add_argument_group("machine").add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu (default here: "
         "%(default)s)")
-    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision of the "
-        "steps, not of scores (ours: auto, that is bf16 where the hardware has it)")
+    add("--amp", default="auto", choices=["auto", "bf16", "fp16", "off"], help="mixed precision in the "
+        "training steps; scores are float32 (ours: auto, that is bf16 where the hardware has it)")
     add("--compile", action="store_true", help="torch.compile the network, for GPUs (on a CPU it was slower)")
     add("--sync-bn", action="store_true", help="batch norm over all processes")
-    add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower): "
-        "with them resuming is bit for bit on a GPU, too")
-    add("--workers", type=int, default=min(8, os.cpu_count()), help="data processes, for each process of torchrun "
+    add("--deterministic", action="store_true", help="deterministic CUDA kernels (slower); "
+        "without them a resumed run on a GPU may not be bit-identical")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="data loading processes, per process of torchrun "
         "(default here: %(default)s)")
     add("--log-every", type=int, default=20, help="steps between log records (default %(default)s)")
     add("--save-every", type=int, default=500, help="steps between checkpoints within an epoch (default %(default)s)")
@@ -980,9 +980,9 @@ HANGUP = [signal.SIGHUP] if hasattr(signal, "SIGHUP") else []       # sent when 
 
 
 def catch_interrupts():
-    """-> a list that is empty until Ctrl-C, a polite kill, or until the terminal is closed: the first one lets the step
-    finish, a second one leaves at once. Several processes would not stop at the same step, so there the last regular
-    checkpoint is what remains."""
+    """-> a list that is empty until the first SIGINT (Ctrl-C), SIGTERM or SIGHUP (closed terminal), which lets the step
+    finish; a second one ends the process at once. With several processes, which would not stop at the same step, no
+    signal is caught, and the last regular checkpoint is what remains."""
     interrupted = []
 
     def interrupt(number, _):
@@ -1240,8 +1240,8 @@ def random_crop(image, maps, rng, crop, scale_range, colour):
 
 
 def batches(n, batch_size, seed, start, stop, rank, world):
-    """Batches number start to stop - 1 of an endless shuffled run over n images, this rank's share of each, as lists of
-    (epoch, index). The order is a function of the seed and the batch's number, so the step is the sampler's state."""
+    """Yields this rank's share of the batches of steps start to stop - 1, each a list of (epoch, index of an image);
+    every epoch is a new shuffle of the n images. A batch depends on seed and step alone: the sampler has no state."""
     per_epoch = n // batch_size  # an incomplete last batch is left out, other images in each epoch
     for step in range(start, stop):
         epoch, k = divmod(step, per_epoch)
@@ -1269,9 +1269,9 @@ def seed_of(*key):
 # Steps, validation, and what goes on between steps.
 
 def sgd_step(loss, model, optimizer, scaler, clip_norm):
-    """Gradients of the loss, of any norm or (clip_norm > 0) of at most this one, and one step of the optimizer.
+    """Backward pass, clipping of the gradient to norm clip_norm (0: none), one step of the optimizer.
 
-    -> 1 if the gradient was cut, otherwise 0, a scalar on its device.
+    -> scalar tensor on the loss's device: 1 if the gradient was clipped, otherwise 0.
     """
     norm = loss.new_zeros(())
     optimizer.zero_grad()
@@ -1286,7 +1286,7 @@ def sgd_step(loss, model, optimizer, scaler, clip_norm):
 
 @contextlib.contextmanager
 def evaluating(network):
-    """In here the network is in eval mode and alike in all processes; afterwards what was in training is so again."""
+    """Context manager: the network in eval mode, with equal buffers in all processes; then its modules' modes again."""
     training = [m for m in network.modules() if m.training]
     # Images have many sizes: a search for the fastest kernels at each would take longer than it saves.
     benchmark, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False

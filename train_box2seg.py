@@ -10,7 +10,7 @@
 Reads    VOC2012/{JPEGImages,Annotations,ImageSets/Segmentation}, and SegmentationClass or SegmentationClassAug to
          validate on, and to train on with --loss mask, mask-aw, mask-aw-gc.
 Writes   VOC2012/{BoxMasks,GrabCutMasks} where missing (stage 0), and in --out:
-         last.pt, best.pt   checkpoints, as evaluate.py reads them; report last.pt: best.pt is chosen on --val-split
+         last.pt, best.pt   checkpoints for evaluate.py. Report last.pt's score: best.pt was selected on --val-split
          log.jsonl          first line the arguments, git revision, versions, device, seed; then a record every
                             --log-every steps: loss terms by their name in the paper (of the first process's share of
                             the batch), whether the gradient was clipped (0 or 1), learning rate, images per second;
@@ -18,7 +18,7 @@ Writes   VOC2012/{BoxMasks,GrabCutMasks} where missing (stage 0), and in --out:
 
 The paper's pipeline (Fig. 3, Sect. 4.1) is three stages; **train_stage() below is the algorithm**, the last two:
     stage 0   boxes -> label maps B, GrabCut -> label maps M                  grabcut_labels.py
-    stage 1   pre-train encoder and embedding beta on M with Eq. 10           losses.affinity_loss
+    stage 1   pre-train encoder, pyramid and beta's branch: Eq. 10 with M     losses.affinity_loss
     stage 2   train y, alpha and beta on Eq. 11                               losses.box2seg_loss
 The rest of this file says what the rows of the tables train on (ROWS), with which settings (RECIPES), and hands
 train_stage() its images and its network. What any training needs is in the last section of model.py.
@@ -114,9 +114,10 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
     """Sect. 3.5 and 4.1, one stage by SGD. "We train our network in two stages": stage 1 minimizes Eq. 10 "using M_i in
     place of y_i", stage 2 minimizes Eq. 11, or what --loss names in its place.
 
-    crops gives images, boxes B, labels M (GrabCut's; for some rows the boxes or the true masks, see ROWS), and the
-    labels whose filling rates attention is held to (M, except in "mask-aw-gc"); rates are the filling rates of the
-    classes, for --loss filling-rate.
+    crops: a dataset of (image, B, M, fill), see Crops; a batch is image (N, H, W, 3), the others (N, H, W), all uint8.
+        M: labels of the cross-entropy, GrabCut's; in some rows the boxes or the ground truth, see ROWS
+        fill: labels whose filling rate eta attention has to reach; M, except in "mask-aw-gc"
+    rates: (L,) filling rate of each class for --loss filling-rate, otherwise None
     """
     _, name, with_aw, regularizer, with_a = ROWS[args.loss]
     num_classes, device = network.arch["num_classes"], next(network.parameters()).device
@@ -137,27 +138,19 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
         # PAPER SILENT: how B and M get to m = n / 16. Each cell takes the label of its pixel, so that no label is
         # blended with another; fill rates (Eq. 7) are those of the crop, on this grid.
         B, M, fill = (to_cells(labels, network) for labels in (B, M, fill))     # (N, h, w)
-        one_hot = (M[:, None] == torch.arange(num_classes, device=device).view(1, -1, 1, 1)).float()
-        num_samples = None
-        if beta is not None:                                    # "randomly sampling 10% of pixel pairs"
-            sampling.manual_seed(seed_of(args.seed, stage, step, rank_and_world()[0]))
-            num_samples = losses.pair_samples(M, num_classes, args.pair_fraction)
+        sampling.manual_seed(seed_of(args.seed, stage, step, rank_and_world()[0]))
+        num_samples = losses.pair_samples(M, num_classes, args.pair_fraction)   # "randomly sampling 10% of pixel pairs"
 
         if stage == 1:                                          # Eq. 10, M in place of y
-            loss = losses.affinity_loss(beta, one_hot, M, num_samples, sampling)
+            loss = losses.affinity_loss(beta, one_hot(M, num_classes), M, num_samples, sampling)
             terms = {"L_A": loss}
         elif args.loss == "filling-rate":                       # Sect. 2: a hard choice of pixels instead of attention
             loss = losses.filling_rate_loss(logits, B, rates)
             terms = {name: loss}
         else:                                                   # Eq. 11
             alpha = None if attention is None else attention.float().sigmoid()
-            if args.loss == "aw-mask":
-                alpha = one_hot[:, 1:]
-            elif args.loss == "aw-flat":
-                eta = losses.fill_rate(M, B, num_classes)[:, :, None, None]
-                alpha = (args.gamma * eta).expand_as(one_hot[:, 1:])
-            elif args.loss == "aw-one":
-                alpha = torch.ones_like(one_hot[:, 1:])
+            if args.loss in FIXED:
+                alpha = given_attention(args.loss, B, M, num_classes, args.gamma)
             loss, terms = losses.box2seg_loss(
                 logits, alpha, beta, B, M, num_samples, fill_labels=fill,
                 lambda_aw=args.lambda_aw if with_aw else 0, lambda_alpha=args.lambda_alpha,
@@ -171,15 +164,30 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
         progress.finish_step(lr, terms | {"L": loss}, clipped)
 
 
+def one_hot(labels, num_classes):
+    """Label maps (N, h, w), 255 in no class -> (N, num_classes, h, w) float32."""
+    return (labels[:, None] == torch.arange(num_classes, device=labels.device).view(1, -1, 1, 1)).float()
+
+
+def given_attention(loss, B, M, num_classes, gamma):
+    """The attention of our controls, the rows in FIXED, see ROWS: (N, L, h, w)."""
+    mask = one_hot(M, num_classes)[:, 1:]
+    if loss == "aw-mask":
+        return mask
+    if loss == "aw-flat":
+        return (gamma * losses.fill_rate(M, B, num_classes))[:, :, None, None].expand_as(mask)
+    return torch.ones_like(mask)    # aw-one
+
+
 def mean_fill(alpha, B):
-    """What attention fills of a box: Eq. 8, mean over the classes that have boxes, 0 in a batch without any. alpha, B
-    as for Eq. 8 -> scalar."""
+    """How much of the boxes attention fills, for the log: Eq. 8, mean over the classes that have a box, 0 in a batch
+    without boxes. alpha (N, L, h, w), B (N, h, w) -> scalar."""
     present = losses.fill_rate(B, B, alpha.shape[1] + 1)        # (N, L), 1 for a class with a box
     return losses.attention_fill_rate(alpha, B).sum() / present.sum().clamp(min=1)
 
 
 def dead_attention(means):
-    """The remark on an epoch in which attention filled next to nothing."""
+    """Means of an epoch's terms -> a warning if attention filled next to nothing, or None."""
     if means.get("eta'", 1.0) < 0.05:
         return ("attention is dead: it fills less than 5 % of the boxes, and L_AW is little more than the background's "
                 "loss; if it stays so, give --lambda-alpha at least 5 times --lambda-aw, and aw-fr rather than aw-box")
@@ -190,11 +198,11 @@ def dead_attention(means):
 # ---------------------------------------------------------------------------------------------------------------------
 
 class Crops(torch.utils.data.Dataset):
-    """(epoch, index) -> image (crop, crop, 3), B, labels for the cross-entropy, and those whose filling rates attention
-    is held to (crop, crop), all uint8. Rows without L_AW have one kind of labels (ROWS), and get it three times.
+    """(epoch, index) -> image (crop, crop, 3) and three label maps (crop, crop), all uint8: B, M and fill, as
+    train_stage() has them. Rows without L_AW (ROWS) use one label map and get it three times.
 
-    A view depends on (seed, stage, epoch, index) alone, not on which worker makes it or what was made before: that is
-    what makes a run repeatable with any number of workers, and resumable in the middle of an epoch.
+    A crop depends on (seed, stage, epoch, index) alone, not on the worker or on earlier crops. So a run can be repeated
+    with any number of workers, and resumed in the middle of an epoch.
     """
     stage = 1                     # main() counts up: stage 2 sees other views than stage 1
 
@@ -214,16 +222,15 @@ class Crops(torch.utils.data.Dataset):
         return [find_image(self.voc / "JPEGImages", image_id), *(where[kind] for kind in self.kinds)]
 
     def __getitem__(self, key):
-        # An image that cannot be read stops training, where grabcut_labels.py would go on: a run in which it is left
-        # out is another run. Little is lost: --resume goes on once the file is fixed, with one process from the step at
-        # which it was met.
+        # An unreadable image stops training (grabcut_labels.py only skips it): training without it would be another
+        # run. Little is lost: once the file is fixed, --resume goes on, with one process from this very step.
         epoch, index = key
         image_file, *label_files = self.files(index)
         image = read_image(image_file)
         maps = [read_label(path, image.shape[:2], self.num_classes) for path in label_files]
         rng = np.random.default_rng((self.seed, epoch, index, self.stage))
         image, maps = random_crop(image, maps, rng, *self.view)
-        fill = maps[1] if len(maps) > 1 else maps[0]    # kinds: M; B and M; or B, M for the rates, and true masks
+        fill = maps[1] if len(maps) > 1 else maps[0]    # maps: [M]; [B, M]; or, in mask-aw-gc, [B, fill, M]
         return image, maps[0], maps[-1], fill
 
 
@@ -251,8 +258,8 @@ def training_list(voc, split):
 
 
 def validation_list(voc, split, num_classes):
-    """--val-split -> ids that have true masks; none for "none", or where there is no val.txt and no other was named.
-    Reads all of them: an epoch's work would be lost by a mask that is found to be broken only then."""
+    """--val-split -> ids with ground-truth masks; [] for "none", or for the default "val" where there is no val.txt.
+    Reads every mask now, so that a broken one does not stop the run after its first epoch."""
     path = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
     if split == "none" or (split == "val" and not path.exists()):
         print_rank0("no validation: no list of images with true masks")
@@ -269,7 +276,7 @@ def validation_list(voc, split, num_classes):
 
 
 def truth_file(voc, image_id):
-    """The true mask of an image: VOC's own, or that of the 9,000 extra images, whose usual folder has another name."""
+    """Ground-truth mask of an image: VOC's, or, for the 9,000 extra images (SBD), the one in SegmentationClassAug."""
     own, extra = (voc / folder / f"{image_id}.png" for folder in ("SegmentationClass", "SegmentationClassAug"))
     return extra if extra.exists() and not own.exists() else own
 
@@ -293,8 +300,8 @@ def parse_arguments(argv):
                "and loss weights belong together: see README.md, 'Learning rate and loss weights'.")
     add_common_arguments(parser, RECIPES, "runs/LOSS")
     add = parser.add_argument_group("supervision").add_argument
-    add("--label-dir", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ are or are to be made (default: in "
-        "--data)")
+    add("--label-dir", metavar="DIR", help="folder of BoxMasks/ and GrabCutMasks/, which are made if missing (default: "
+        "in --data)")
     add("--loss", default="box2seg", choices=list(ROWS), help="row of Table 3 or 4; filling-rate: Song et al.; "
         "aw-mask, aw-flat, aw-one (ours): attention is GrabCut's mask, gamma eta_c, or 1 (default %(default)s)")
     add("--masks", type=float, default=1.0, metavar="FRACTION", help="train on the true masks of this fixed "
@@ -316,12 +323,12 @@ def parse_arguments(argv):
     add("--momentum", type=float, default=0.9, help="(paper: %(default)s)")
     add("--weight-decay", type=float, default=5e-4, help="(paper: %(default)s)")
     add("--power", type=float, default=0.9, help="lr = initial (1 - step / steps)^power (DeepLab's: %(default)s)")
-    add("--clip-norm", type=float, help="largest norm of the gradient, 0 for any (ours; default %(default)s)")
+    add("--clip-norm", type=float, help="clip the gradient to this norm; 0: no clipping (ours; default %(default)s)")
     add("--lambda-aw", type=float, help="weight of L_AW (paper: 10, which kills attention; default %(default)s)")
     add("--lambda-alpha", type=float, help="weight of L_alpha (paper: 1; ours: at least 5 times --lambda-aw; default "
         "%(default)s)")
     add("--lambda-a", type=float, help="weight of L_A (paper: 1; default %(default)s)")
-    add("--gamma", type=float, default=0.7, help="least share of GrabCut's filling rate (paper: %(default)s)")
+    add("--gamma", type=float, default=0.7, help="share of GrabCut's filling rate to reach (paper: %(default)s)")
     add("--pair-fraction", type=float, default=0.1, help="share of the pixel pairs that L_A sees (paper: %(default)s "
         "in stage 1)")
     add("--detach-targets", action="store_true", help="L_A in stage 2 trains the embeddings only, not y (ours: off)")
@@ -330,7 +337,7 @@ def parse_arguments(argv):
     add("--crop", type=int, help="side of the training crops, 32 k + 1 pixels (ours: 321; default %(default)s)")
     add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="random scale (ours: 0.5 2; default "
         "%(default)s)")
-    add("--colour", type=float, default=0.3, help="random brightness, contrast, saturation of 1 +- this (ours: "
+    add("--colour", type=float, default=0.3, help="brightness, contrast, saturation times a random 1 +- this (ours: "
         "%(default)s)")
     add("--val-scale", type=float, help="validation images go through the network "
         "at this scale; scores are at full size (ours: 1; default %(default)s)")
@@ -356,7 +363,7 @@ def check(args, device, out):
 # ---------------------------------------------------------------------------------------------------------------------
 
 def without_effect(args):
-    """The arguments that this row does not look at."""
+    """Names of the arguments that the row --loss ignores."""
     target, _, with_aw, regularizer, with_a = ROWS[args.loss]
     names = set() if target == "masks" else {"masks"}
     if args.loss == "mask":

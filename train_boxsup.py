@@ -15,11 +15,11 @@ Writes   in --out:
          masks/<id>.png     the masks that the network trains on now, made anew before each epoch (rectangles: once);
                             masks-1/, masks-2/ those of the --extra sets
          masks.png          some of them over the epochs, as in the paper's Fig. 3; epochs/ keeps those it shows
-         last.pt, best.pt   checkpoints, as evaluate.py reads them; report last.pt: best.pt is chosen on --val-split
+         last.pt, best.pt   checkpoints for evaluate.py. Report last.pt's score: best.pt was selected on --val-split
          log.jsonl          first line the arguments, git revision, versions, device, seed; then a record for each label
                             update, every --log-every steps, and each validation
 
-The paper's algorithm (Fig. 1, Sect. 4.3) is **train()** below, in turn over the two sets of variables of Eq. 4:
+The paper's algorithm (Fig. 1, Sect. 4.3) is **train()** below; it alternates between two sets of variables of Eq. 4:
     labels    network fixed: each box takes one of the k candidate segments of least cost E_o + lambda E_r, at random;
               the segment gets the class of the box, all else is background                **update_labels()**
               (lambda is 0 where the network predicts too little of a box as its class: score_candidates())
@@ -99,8 +99,8 @@ def train(network, images, updated, choices, optimizer, autocast, scaler, args, 
     crops = Crops(images, num_classes, args.crop, tuple(args.scale), args.colour, args.seed)
     model = in_parallel(network, args.compile)
 
-    # PAPER SILENT: what becomes of a last batch that is not full; its images, at most --batch-size less one of the
-    # epoch's random order, wait for another epoch.
+    # PAPER SILENT: the last, incomplete batch of an epoch. It is dropped: its images, fewer than --batch-size, the last
+    # of the epoch's random order, wait for another epoch.
     for epoch in range(progress.step // progress.per_epoch, args.epochs):
         # ---- first step: theta fixed, update {l_S}
         if updated and progress.step == epoch * progress.per_epoch:
@@ -256,8 +256,13 @@ def score_candidates(network, image, c, image_id, args):
 
 
 def measure(choice, cost, E_o, previous, top_k):
-    """What the report adds up over the images: boxes with a segment, boxes without; the cost and the box IoU of the
-    segments; boxes whose choice changed; the mean box IoU of the segments among which E_o alone would draw."""
+    """One image's summands for report_labels(), {name: number}:
+
+        assigned, rectangles    boxes with a segment, and without one
+        cost, box_iou           of the chosen segments: sum of Eq. 4, and sum of the IoU of tight box and box
+        changed                 boxes whose choice differs from `previous` (None: all)
+        box_iou_alone           sum over boxes of the mean IoU of the top_k segments among which E_o alone would draw
+    """
     assigned = np.flatnonzero(choice >= 0)
     chosen, best = choice[assigned], np.sort(E_o[assigned], 1)[:, :top_k]
     return {"assigned": len(assigned), "rectangles": len(choice) - len(assigned),
@@ -301,7 +306,7 @@ def gather(choices, sums, confusion):
 
 
 def repaint(images, updated, choices, num_classes):
-    """In a run that goes on within an epoch: makes the masks of that epoch again that somebody deleted."""
+    """For a run resumed in the middle of an epoch: paints those of the epoch's masks again that are missing on disk."""
     rank, world = rank_and_world()
     for index in updated[rank::world]:
         label_file = images.files(index)[1]
@@ -419,8 +424,8 @@ def training_list(voc, split):
 
 
 def validation_list(voc, split, num_classes):
-    """--val-split -> ids that have true masks; none for "none", or where there is no val.txt and no other was named.
-    Reads all of them: an epoch's work would be lost by a mask that is found to be broken only then."""
+    """--val-split -> ids with ground-truth masks; [] for "none", or for the default "val" where there is no val.txt.
+    Reads every mask now, so that a broken one does not stop the run after its first epoch."""
     path = voc / "ImageSets" / "Segmentation" / f"{split}.txt"
     if split == "none" or (split == "val" and not path.exists()):
         print_rank0("no validation: no list of images with true masks")
@@ -437,7 +442,7 @@ def validation_list(voc, split, num_classes):
 
 
 def truth_file(voc, image_id):
-    """The true mask of an image: VOC's own, or that of the 9,000 extra images, whose usual folder has another name."""
+    """Ground-truth mask of an image: VOC's, or, for the 9,000 extra images (SBD), the one in SegmentationClassAug."""
     own, extra = (voc / folder / f"{image_id}.png" for folder in ("SegmentationClass", "SegmentationClassAug"))
     return extra if extra.exists() and not own.exists() else own
 
@@ -452,10 +457,10 @@ def read_pair(voc, num_classes, image_id):
 class Images:
     """The training set: ids of several sources, and where the files of each lie. No image is held in memory.
 
-    A source is (folder of images, folder of candidates or None, folder of label maps or None: true masks). First come
-    images with masks, then those of the list that have boxes only, then other sets' that have boxes only.
+    A source is (folder of images, folder of candidates or None, folder of label maps or None: ground truth). Order of
+    the images: those with ground-truth masks; those of the list with boxes only; those of --extra sets with boxes only.
     """
-    listed_boxes = updated = range(0)   # those of the list with boxes only; those that learn from candidates
+    listed_boxes = updated = range(0)   # indices: of the list, with boxes only; with candidates, so updated each epoch
 
     def __init__(self, voc):
         self.voc, self.sources, self.ids, self.source_of = voc, [], [], []
@@ -466,7 +471,7 @@ class Images:
         self.sources.append((image_dir, candidates, labels))
 
     def of(self, image_dir):
-        """The ids of all sources whose images lie there; those of other sets may be the same."""
+        """The ids of the images in image_dir. (Images of other sets may have the same ids.)"""
         here = [folder.resolve() == image_dir.resolve() for folder, _, _ in self.sources]
         return [image_id for image_id, source in zip(self.ids, self.source_of) if here[source]]
 
@@ -493,8 +498,8 @@ def parse_arguments(argv):
         "chosen anew each epoch (the method); rectangles or GrabCut's masks, fixed (Table 2); masks: the truth "
         "(default %(default)s)")
     add("--method", default="mcg", choices=["mcg", "ss", "gop"], help="whose candidates (paper: mcg; Table 3)")
-    add("--candidates", metavar="DIR", help="where <id>.npz are or are to be made (default: Candidates-METHOD in "
-        "--data)")
+    add("--candidates", metavar="DIR", help="folder of the <id>.npz, which are made if missing (default: "
+        "Candidates-METHOD in --data)")
     add("--grabcut", metavar="DIR", help="where the label maps for --supervision grabcut lie (default: GrabCutMasks in "
         "--data)")
     add("--masks-list", metavar="FILE", help="image ids, one a line: these train on true masks, the others on boxes "
@@ -503,8 +508,8 @@ def parse_arguments(argv):
         "mcg_candidates.py wrote them (paper: VOC 2007, COCO), or COCO's masks (its --masks)")
     add("--top-k", type=int, default=5, metavar="K", help="sample one of the K cheapest candidates (paper: 5; 1: "
         "without sampling)")
-    add("--warm-up", type=int, default=1, metavar="EPOCHS", help="choose by E_o alone for so many epochs (ours: "
-        "%(default)s, since an untrained network cannot choose; 0 is allowed with --init)")
+    add("--warm-up", type=int, default=1, metavar="EPOCHS", help="in the first EPOCHS epochs choose by E_o alone "
+        "(ours: %(default)s, since an untrained network cannot choose; 0 is allowed with --init)")
     add("--min-recognized", type=float, default=0.3, metavar="SHARE", help="lambda is 0 for a box if the network "
         "predicts its class in less than this share of it (ours: %(default)s; 0: the printed constant lambda)")
     add("--lambda-r", type=float, default=3.0, metavar="LAMBDA", help="weight of Eq. 3 in Eq. 4 (paper: %(default)s)")
@@ -519,20 +524,20 @@ def parse_arguments(argv):
     add("--epochs", type=int, help="(paper: 45; default %(default)s)")
     add("--batch-size", type=int, help="over all processes (paper: 20; default %(default)s)")
     add("--lr", type=float, help="initial learning rate (paper: 1e-3; default %(default)s)")
-    add("--lr-drop", type=int, metavar="EPOCHS", help="divide it by 10 after every so many (paper: 15; default "
-        "%(default)s)")
+    add("--lr-drop", type=int, metavar="EPOCHS", help="divide --lr by 10 after every EPOCHS epochs (paper: 15; "
+        "default %(default)s)")
     add("--head-lr", type=float, metavar="FACTOR", help="learning rate of the last layer, which is new, in multiples "
         "of --lr (baseline: 10; default %(default)s)")
     add("--momentum", type=float, default=0.9, help="(baseline: %(default)s)")
     add("--weight-decay", type=float, default=5e-4, help="(baseline: %(default)s)")
-    add("--clip-norm", type=float, help="largest norm of the gradient, 0 for any (ours; default %(default)s)")
+    add("--clip-norm", type=float, help="clip the gradient to this norm; 0: no clipping (ours; default %(default)s)")
 
     add = parser.add_argument_group("augmentation").add_argument
     add("--crop", type=int, help="side of the training crops, 32 k + 1 pixels (baseline: 321; default "
         "%(default)s)")
     add("--scale", type=float, nargs=2, metavar=("MIN", "MAX"), help="random scale (baseline: 1 1; default "
         "%(default)s)")
-    add("--colour", type=float, help="random brightness, contrast, saturation of 1 +- this (baseline: 0; default "
+    add("--colour", type=float, help="brightness, contrast, saturation times a random 1 +- this (baseline: 0; default "
         "%(default)s)")
     add("--val-scale", type=float, help="in validation and label updates images go through the network "
         "at this scale; scores and segments are at full size (ours: 1; default %(default)s)")

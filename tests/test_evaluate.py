@@ -948,6 +948,26 @@ def test_crf_refines_what_is_scored_and_saved(toy, checkpoint, tmp_path):
     assert changed > 100
 
 
+def test_crf_search_draws_its_images_alike_each_time(toy, checkpoint, monkeypatch):
+    drawn, ids = [], (toy / "ImageSets" / "Segmentation" / "trainval.txt").read_text().split()
+
+    def stop(ids, *_):
+        drawn.append(ids)
+        raise evaluate.BadInput("enough")
+    monkeypatch.setattr(evaluate, "in_order", stop)
+    for _ in range(2):
+        assert run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--split", "trainval",
+                   "--crf-search", 3)[0] == 2
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 3 and set(drawn[0]) < set(ids) and drawn[0] != ids[:3]
+
+
+def test_pictures_are_spread_evenly_over_the_list(toy, tmp_path):
+    ids = (toy / "ImageSets" / "Segmentation" / "trainval.txt").read_text().split()
+    status, _, error = run("--data", toy, "--labels", toy / "GrabCutMasks", "--split", "trainval", "--pictures",
+                           tmp_path / "p", "--num-pictures", 2)
+    assert status == 0 and {path.stem for path in (tmp_path / "p").iterdir()} == {"sheet", ids[0], ids[3]}, error
+
+
 def test_crf_search_scores_each_parameter_set_as_evaluation_does(toy, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "GRID", {"xy": (20, 40), "rgb": (5,), "w": (1, 6)})
     status, out, error = run("--data", toy, "--checkpoint", checkpoint, "--device", "cpu", "--crf-search", 2,

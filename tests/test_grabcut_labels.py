@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import grabcut_labels
 from conftest import refused, run_as_main
 from grabcut_labels import (COVERS_IMAGE, EMPTY, STAYS_WHOLE, TOO_SMALL, BadInput, box_mask, class_fill_rates,
-                            class_names, fill_rates, find_image, find_voc, grabcut, grabcut_mask, make_labels,
-                            read_boxes, read_image, read_label, read_list)
+                            class_names, fill_rates, find_image, find_voc, grabcut, grabcut_mask, larger_first,
+                            make_labels, read_boxes, read_image, read_label, read_list)
 from toy_voc import CLASS_NAMES, make_toy_voc
 
 SCRIPT = Path(grabcut_labels.__file__)
@@ -144,7 +144,50 @@ def test_box_mask_paints_the_smaller_box_last():
     assert box_mask([large, small], [1, 2], (3, 5)).tolist() == wanted
     assert box_mask([small, large], [2, 1], (3, 5)).tolist() == wanted
     assert box_mask([(0, 0, 2, 1), (1, 0, 3, 1)], [1, 2], (1, 4)).tolist() == [[1, 2, 2, 0]]
+    long, square = (0, 1, 6, 2), (0, 0, 3, 3)                               # areas 6 and 9, circumferences 14 and 12
+    assert box_mask([long, square], [1, 2], (3, 6))[1].tolist() == [1] * 6
     assert box_mask([large, small], [1, 2], (3, 5)).dtype == np.uint8
+
+
+def test_boxes_of_one_size_keep_their_order():
+    sides = np.random.default_rng(0).integers(1, 4, 100)
+    assert larger_first([(0, 0, s, s) for s in sides]).tolist() == sorted(range(100), key=lambda k: -sides[k])
+
+
+def test_the_working_size_is_an_area(monkeypatch):
+    """A 300x100 box and its margin of a tenth, 360x120, at the area of 100x100; then once at full size."""
+    sizes = []
+    monkeypatch.setattr(cv2, "grabCut", lambda image, *_: sizes.append(image.shape[:2]))
+    grabcut(np.zeros((200, 400, 3), np.uint8), (50, 50, 350, 150), working_size=100)
+    assert sizes == [(58, 173), (120, 360)]
+
+
+def test_the_working_image_is_averaged(monkeypatch):
+    seen, stripes = [], np.zeros((200, 200, 3), np.uint8)
+    monkeypatch.setattr(cv2, "grabCut", lambda image, *_: seen.append(image))
+    stripes[:, ::4] = 255
+    grabcut(stripes, (50, 50, 150, 150), working_size=30, colours="rgb")
+    assert seen[0].shape == (30, 30, 3) and abs(seen[0].astype(int) - 64).max() <= 1
+
+
+@pytest.mark.parametrize("reach, side, background", [(150, 120, 10 * 120), (157, 120, 120 ** 2 - 100 ** 2),
+                                                     (151, 60, 5 * 60)])
+def test_boxes_of_the_class_count_if_they_leave_a_tenth_of_the_margin(monkeypatch, reach, side, background):
+    """They reach over the margin from the left: to 10 columns from its right end, to 3, and to 9 at half the size,
+    where the column of which half is theirs is not theirs."""
+    starts, same_class = [], np.zeros((200, 200), bool)
+    monkeypatch.setattr(cv2, "grabCut", lambda image, state, *_: starts.append((state == cv2.GC_BGD).sum()))
+    same_class[:, :reach] = True
+    grabcut(np.zeros((200, 200, 3), np.uint8), (50, 50, 150, 150), same_class, working_size=side)
+    assert starts[0] == background
+
+
+def test_two_boxes_of_a_class_know_of_each_other(monkeypatch):
+    seen, boxes = [], [(0, 0, 2, 4), (3, 0, 6, 4), (2, 0, 3, 1)]
+    monkeypatch.setattr(grabcut_labels, "grabcut", lambda image, box, same_class, **_: (
+        seen.append(same_class), (np.zeros(image.shape[:2], bool), None))[1])
+    grabcut_mask(np.zeros((4, 6, 3), np.uint8), boxes, [1, 1, 2])
+    assert all(np.array_equal(one, box_mask(boxes[:2], [1, 1], (4, 6)) == 1) for one in seen[:2]) and seen[2] is None
 
 
 # ---------------------------------------------------------------- GrabCut
@@ -258,7 +301,8 @@ def test_odd_boxes_never_fail():
 
 @pytest.mark.parametrize("fills, wanted, reason", [((60, 40, 5), 40, None), ((60, 14, 50), 60, None),
                                                    ((14, 50, 50), 50, TOO_SMALL), ((0, 50, 14), 50, EMPTY),
-                                                   ((14, 14), 100, STAYS_WHOLE), ((20, 20, 20), 20, None)])
+                                                   ((14, 14), 100, STAYS_WHOLE), ((20, 20, 20), 20, None),
+                                                   ((15, 15, 15), 15, None)])
 def test_an_iteration_that_loses_the_object_is_taken_back(monkeypatch, fills, wanted, reason):
     """A 10x10 box whose iterations leave so many of its 100 pixels; the last mask before less than 15 counts.
 
@@ -304,6 +348,15 @@ def at_two_sizes(monkeypatch, full):
             state[5:55, 5:30] = cv2.GC_PR_FGD
     monkeypatch.setattr(cv2, "grabCut", cut)
     return dict(image=np.zeros((200, 200, 3), np.uint8), box=(50, 50, 150, 150), working_size=60)
+
+
+@pytest.mark.parametrize("columns, lost", [(0, True), (14, True), (15, False)])
+def test_too_little_left_at_full_size_counts_as_lost(monkeypatch, columns, lost):
+    def full(state, _):
+        state[:] = cv2.GC_BGD
+        state[10:110, 10:10 + columns] = cv2.GC_PR_FGD
+    mask, why = grabcut(**at_two_sizes(monkeypatch, full))
+    assert (why == STAYS_WHOLE) == lost and mask.sum() == (100 * 100 if lost else 1500)
 
 
 def test_full_size_starts_from_what_the_kept_iteration_found(monkeypatch):

@@ -1097,6 +1097,17 @@ def test_no_matrix_of_all_pairs():
     assert recorder.largest == 512 ** 2
 
 
+def test_a_shuffle_next_to_1_leaves_the_classes_apart(monkeypatch):
+    """Pixels are sorted by class plus a random number below 1, which in float32 may round up to 1."""
+    labels = torch.tensor([[[5, 4], [5, 4]]])
+    beta = torch.tensor([[1., 0], [3, 4], [0, 2], [5, 0]]).T.reshape(1, 2, 2, 2)
+    targets = F.one_hot(labels, 6).permute(0, 3, 1, 2).float()
+    loss = losses.affinity_loss(beta, targets, labels, 2)
+    drawn = torch.tensor([[0, 1 - 2 ** -24] * 2])
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda tensor, generator=None: tensor.copy_(drawn))
+    assert losses.affinity_loss(beta, targets, labels, 2) == pytest.approx(loss.item())
+
+
 def test_pair_samples_give_a_tenth_of_the_pairs():
     """Sect. 4.1: with the draws of pair_samples, S^2 / m^2 is 10 %, whatever the number of classes."""
     labels = torch.stack([torch.arange(4096) % k for k in (1, 2, 3, 7)]).view(4, 64, 64)

@@ -323,6 +323,15 @@ def test_near_duplicates_against_sets():
     assert 30 <= (~dropped).sum() < 100
 
 
+def test_groups_come_from_the_root_down_and_hold_no_superpixel_alone():
+    arcs = border_arcs(blocks(4, 5, 3))
+    strength = np.random.default_rng(4).random(len(arcs["pairs"]))
+    lists = tree_groups(arcs["pairs"], strength, arcs["length"], [9] * 20, np.arange(20, dtype=np.uint64))
+    members, regions, _ = lists[0]
+    assert regions[:, 0].tolist() == list(range(38, 19, -1)) and members[38].all()      # 0 to 19 are the superpixels
+    assert all((np.diff(group.max(1)) <= 0).all() for _, group, _ in lists)
+
+
 def test_equal_keys_are_equal_segments():
     """Over all groups of a tree: as many different keys as different sets of superpixels, in the same places."""
     arcs = border_arcs(blocks(4, 5, 3))

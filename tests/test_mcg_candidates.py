@@ -289,10 +289,20 @@ def test_seeds_are_weighed_against_nothing_the_whole_border_and_each_side(monkey
                                                               superpixels[:, -1]))
     assert [sources for sources, _ in calls[:5]] == [top | bottom | left | right, top, bottom, left, right]
     assert len(calls) == 8 and len(signed) == 18
+    assert calls[5][0] == {superpixels[30, 40]}                             # the first seed is the middle
     for n, (sources, foreground) in enumerate(calls[5:]):
         assert len(sources) == 1
         for one, background in zip(signed[6 * n:6 * n + 6], [0, *(away for _, away in calls[:5])]):
             np.testing.assert_array_equal(one, foreground - background)
+
+
+def test_the_rank_is_place_times_a_random_number(monkeypatch):
+    class Given:                                        # so small for the first regions that they come first
+        random = staticmethod(lambda n: 1 / np.arange(n, 0, -1) ** 2)
+    picture = clutter(40, 50)
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: Given)
+    turned = METHODS["ss"](picture)[1]
+    assert turned[-1].all() and turned[0].sum() < turned[-1].sum() / 2
 
 
 def test_distance_grows_in_plain_parts():

@@ -167,7 +167,22 @@ def test_crops_come_from_everywhere_and_each_scale_comes_up(axis):
     assert {view.min() for view in views(32, (1, 1))} == set(range(9))
     assert {(view.min(1 - axis) == 255).argmin() for view in views(48, (1, 1))} == set(range(9))    # padded
     shown = [len(np.unique(view)) for view in views(32, (1, 4))]
-    assert min(shown) == 8 and max(shown) > 28
+    assert min(shown) == 8 and max(shown) > 28 and len(set(shown)) > 15
+
+
+def test_shrunk_views_are_averaged_and_enlarged_ones_interpolated():
+    image = np.zeros((128, 128, 3), np.uint8)
+    image[:, ::4] = 255
+    shrunk, _ = random_crop(image, [], np.random.default_rng(0), 32, (0.25, 0.25), 0)
+    assert abs(shrunk.astype(int) - 64).max() <= 1
+    enlarged, _ = random_crop(image, [], np.random.default_rng(0), 32, (2, 2), 0)
+    assert len(np.unique(enlarged)) > 2
+
+
+def test_half_of_the_views_are_mirrored():
+    image = np.arange(8, dtype=np.uint8)[None, :, None].repeat(8, 0).repeat(3, 2)
+    left = [random_crop(image, [], np.random.default_rng(seed), 8, (1, 1), 0)[0][0, 0, 0] for seed in range(400)]
+    assert set(left) == {0, 7} and 160 < left.count(7) < 240
 
 
 def test_brightness_contrast_and_saturation_change_both_ways(monkeypatch):
@@ -218,6 +233,29 @@ def test_a_run_whose_attention_is_dead_says_so(toy, tmp_path, capsys):
     assert log_of(tmp_path / "dead")[-2]["eta'"] < 0.05
     assert train(toy, tmp_path / "alive", "--loss", "aw-fr", "--epochs", 3) == 0
     assert "attention is dead" not in capsys.readouterr().out and log_of(tmp_path / "alive")[-2]["eta'"] > 0.2
+
+
+def test_momentum_by_hand():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    network = SimpleNamespace(encoder=SimpleNamespace(parameters=lambda: [weight]), last_layer=torch.nn.Linear(1, 1),
+                              parameters=lambda: [weight, torch.nn.Parameter(torch.zeros(1))])
+    optimizer = make_optimizer(network, SimpleNamespace(encoder_lr=1, lr=0.1, momentum=0.5, weight_decay=0))
+    moved = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        weight.sum().backward()
+        optimizer.step()
+        moved.append(weight.item())
+    assert moved == pytest.approx([-0.1, -0.25, -0.425])    # steps of 1, 1.5 and 1.75 times 0.1
+
+
+def test_a_step_forgets_the_gradient_of_the_one_before():
+    layer = torch.nn.Linear(2, 1, bias=False)
+    torch.nn.init.zeros_(layer.weight)
+    optimizer, scaler = torch.optim.SGD(layer.parameters(), lr=1.0), torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(2):
+        sgd_step(layer(torch.tensor([[3.0, 4.0]])).sum(), layer, optimizer, scaler, 0)
+    torch.testing.assert_close(layer.weight[0], -2 * torch.tensor([3.0, 4.0]))
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -328,6 +366,10 @@ def test_the_paper_recipe_is_the_paper():
     assert (args.backbone, args.pretrained, args.epochs, args.lr) == ("resnet101", True, 40, 1e-3)
     assert (args.momentum, args.weight_decay, args.power) == (0.9, 5e-4, 0.9)
     assert (args.gamma, args.pair_fraction) == (0.7, 0.1)
+    assert (args.batch_size, args.crop, args.pretrain_epochs, args.scale) == (16, 321, 5, [0.5, 2])
+    assert (args.val_scale, args.freeze_bn, args.clip_norm, args.colour, args.embedding_dim) == (1, False, 0, 0.3, 64)
+    assert (args.loss, args.lambda_aw, args.lambda_alpha, args.masks, args.detach_targets) == (
+        "box2seg", 1, 5, 1, False)
     assert args.lr * args.encoder_lr == pytest.approx(1e-4)  # Sect. 4.1, for the encoder alone
     printed, _ = train_box2seg.parse_arguments(["--recipe", "printed"])
     assert (printed.lambda_aw, printed.lambda_alpha, printed.lambda_a) == (10, 1, 1)
@@ -336,6 +378,20 @@ def test_the_paper_recipe_is_the_paper():
         "recipe", "lr", "encoder_lr", "lambda_aw", "lambda_alpha"}
     small, given = train_box2seg.parse_arguments(["--recipe", "small", "--lr", "0.5"])
     assert small.lr == 0.5 and small.backbone == "resnet18" and given == {"recipe": "small", "lr": 0.5}
+
+
+def test_the_rows_are_those_of_the_tables():
+    learns_from = {"box": "boxes", "filling-rate": "boxes", "mask": "masks", "mask-aw": "masks", "mask-aw-gc": "masks"}
+    for row, (labels, _, with_aw, regularizer, with_a) in ROWS.items():
+        assert labels == learns_from.get(row, "grabcut") and with_a == (row in ("affinity", "box2seg"))
+        assert with_aw == ("aw" in row or row == "box2seg")
+        assert regularizer == ("box" if row == "aw-box" else "fr" if with_aw else None)
+
+
+def test_attention_is_a_sigmoid_each_class_by_itself(toy, tmp_path):
+    """At the start, where logits are near 0, each class's attention is one half. (A softmax would share 1.)"""
+    assert train(toy, tmp_path, "--loss", "aw-fr", "--lr", 0, "--epochs", 1) == 0
+    assert [r["eta'"] for r in log_of(tmp_path) if "eta'" in r] == pytest.approx([0.5] * 3, abs=0.05)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -489,6 +545,16 @@ def test_no_two_views_of_a_run_are_the_same(toy, tmp_path, monkeypatch):
     assert train(toy, tmp_path) == 0
     keys = [np.trim_zeros(key, "b") for key in keys if not isinstance(key, int) and len(key) > 2]
     assert len(keys) == 12 + 2 * 12 and len(set(keys)) == len(keys)
+
+
+def test_the_seed_decides_order_views_samples_and_start(toy, tmp_path, monkeypatch):
+    """Key by key: the first number of each is the seed, and of the order of a stage's images seed + stage."""
+    keys, starts, rng, seed_of, start = set(), [], np.random.default_rng, train_box2seg.seed_of, torch.manual_seed
+    monkeypatch.setattr(np.random, "default_rng", lambda key: keys.add(("NumPy", len(key), key[0])) or rng(key))
+    monkeypatch.setattr(train_box2seg, "seed_of", lambda *key: keys.add(("sample", len(key), key[0])) or seed_of(*key))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: starts.append(seed) or start(seed))
+    assert train(toy, tmp_path, "--seed", 7, "--epochs", 1) == 0
+    assert keys == {("NumPy", 2, 8), ("NumPy", 2, 9), ("NumPy", 4, 7), ("sample", 4, 7)} and starts == [7]
 
 
 def test_validation_sees_images_at_its_scale(toy):

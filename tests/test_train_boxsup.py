@@ -257,9 +257,27 @@ def test_the_paper_recipe_is_the_paper():
     args, _ = train_boxsup.parse_arguments([])
     assert (args.backbone, args.pretrained, args.large_fov, args.method) == ("vgg16", True, False, "mcg")
     assert (args.epochs, args.batch_size, args.lr, args.lr_drop, args.top_k, args.lambda_r) == (45, 20, 1e-3, 15, 5, 3)
-    assert args.warm_up == 1
+    assert (args.warm_up, args.min_recognized, args.supervision) == (1, 0.3, "candidates")
+    assert (args.encoder_lr, args.scale, args.colour, args.clip_norm) == (1, [1, 1], 0, 0)
+    assert (args.val_scale, args.freeze_bn) == (1, False)
     assert (args.crop, args.momentum, args.weight_decay, args.head_lr) == (321, 0.9, 5e-4, 10)
     assert args.show_epochs == [1, 5, 20]
+
+
+def test_of_equal_costs_the_first_is_cheapest():
+    cost = np.random.default_rng(0).integers(0, 3, (20, 100)).astype(float)
+    drawn = choose(cost, np.ones(cost.shape, bool), 1, np.random.default_rng(0))
+    assert drawn.tolist() == cost.argmin(1).tolist()
+
+
+def test_the_seed_decides_all_draws(toy, tmp_path, monkeypatch):
+    """Key by key: the first number is the seed, and of the order of the images seed + 1."""
+    keys, starts, rng, seed_of, start = set(), [], np.random.default_rng, train_boxsup.seed_of, torch.manual_seed
+    monkeypatch.setattr(np.random, "default_rng", lambda key: keys.add((len(key), key[0])) or rng(key))
+    monkeypatch.setattr(train_boxsup, "seed_of", lambda *key: keys.add(("dropout", key[0])) or seed_of(*key))
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: starts.append(seed) or start(seed))
+    assert train(toy, tmp_path, "--seed", 7, "--epochs", 1) == 0
+    assert keys == {(2, 8), (3, 7), (4, 7), ("dropout", 7)} and starts[0] == 7
 
 
 @pytest.mark.parametrize("labels", train_boxsup.SUPERVISION)
