@@ -1086,6 +1086,7 @@ def crf_search(results, count, args):
 
 
 def parse_arguments(argv):
+    """-> the arguments. Those that do not go together end the program, as any error of the parser does."""
     parser = argparse.ArgumentParser(
         formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__.split("\n\n")[0].strip(),
         epilog="(paper): the value is the papers'. (ours): the papers do not say.")

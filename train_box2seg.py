@@ -139,8 +139,10 @@ def train_stage(stage, network, crops, optimizer, rates, autocast, scaler, args,
         # PAPER SILENT: how B and M get to m = n / 16. Each cell takes the label of its pixel, so that no label is
         # blended with another; fill rates (Eq. 7) are those of the crop, on this grid.
         B, M, fill = (to_cells(labels, network) for labels in (B, M, fill))     # (N, h, w)
-        sampling.manual_seed(seed_of(args.seed, stage, step, rank_and_world()[0]))
-        num_samples = losses.pair_samples(M, num_classes, args.pair_fraction)   # "randomly sampling 10% of pixel pairs"
+        num_samples = None
+        if beta is not None:                                    # "randomly sampling 10% of pixel pairs"
+            sampling.manual_seed(seed_of(args.seed, stage, step, rank_and_world()[0]))
+            num_samples = losses.pair_samples(M, num_classes, args.pair_fraction)
 
         if stage == 1:                                          # Eq. 10, M in place of y
             loss = losses.affinity_loss(beta, one_hot(M, num_classes), M, num_samples, sampling)

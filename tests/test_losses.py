@@ -1098,7 +1098,7 @@ def test_no_matrix_of_all_pairs():
 
 
 def test_a_shuffle_next_to_1_leaves_the_classes_apart(monkeypatch):
-    """Pixels are sorted by class plus a random number below 1, which in float32 may round up to 1."""
+    """Pixels are sorted by class plus half a random number: 4 plus all of 1 - 2 ** -24 would round up to 5."""
     labels = torch.tensor([[[5, 4], [5, 4]]])
     beta = torch.tensor([[1., 0], [3, 4], [0, 2], [5, 0]]).T.reshape(1, 2, 2, 2)
     targets = F.one_hot(labels, 6).permute(0, 3, 1, 2).float()
