@@ -209,6 +209,44 @@ def test_the_last_cut_follows_the_pixels():
     assert (mask ^ truth).sum() < 2 * np.pi * 300 / 4                       # a quarter of the boundary's pixels
 
 
+def test_a_very_large_picture_is_cut_at_a_smaller_size(monkeypatch):
+    """Box and margin, 720x720 here, at no more than 200x200: the disc is found to a pixel of that size; the box's twin
+    to the left is known as such; a working size above it counts as the largest; a box that stays whole stays so."""
+    picture, truth, box = disc((800, 800), (400, 400), 300)
+    twin = np.zeros(truth.shape, bool)
+    twin[100:700, :700] = True
+    cut, sizes, starts = cv2.grabCut, [], []
+
+    def watched(image, state, *rest):
+        sizes.append(image.shape[:2])
+        starts.append(state.copy())
+        cut(image, state, *rest)
+
+    monkeypatch.setattr(cv2, "grabCut", watched)
+    monkeypatch.setattr(grabcut_labels, "LARGEST", 200)
+    mask, why = grabcut(picture, box, working_size=100)
+    assert max(sizes) == (200, 200) and min(sizes) == (100, 100)
+    assert why is None and not (mask & ~whole_box(mask.shape, box)).any()
+    assert (mask ^ truth).sum() < 2 * np.pi * 300 * 720 / 200
+    starts.clear()
+    grabcut(picture, box, twin, working_size=100)
+    assert (starts[0][10:90, :8] == cv2.GC_PR_FGD).all() and (starts[0][:, -8:] == cv2.GC_BGD).all()
+    sizes.clear()
+    grabcut(picture, box, working_size=700)
+    assert set(sizes) == {(700, 700)}
+    mask, why = grabcut(picture, box, working_size=100, min_fill=0.99)
+    assert why == STAYS_WHOLE and np.array_equal(mask, whole_box(mask.shape, box))
+
+
+def test_small_boxes_in_a_very_large_picture(monkeypatch):
+    """With a margin that takes the whole picture, a box may be smaller than a pixel of the picture that is cut."""
+    monkeypatch.setattr(grabcut_labels, "LARGEST", 8)
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    for box in [(0, 0, 1, 1), (119, 89, 120, 90), (60, 0, 61, 90), (0, 45, 120, 46), (33, 35, 36, 38)]:
+        mask, why = grabcut(image, box, working_size=4, margin=99)
+        assert mask.shape == (90, 120) and not (mask & ~whole_box(mask.shape, box)).any(), why
+
+
 def test_same_mask_whatever_came_before():
     picture, _, box = disc()
     first = grabcut(picture, box)[0]
