@@ -69,7 +69,8 @@ SUPERVISION = ("candidates", "rectangles", "grabcut", "masks")
 # et al., ICLR 2015), which the paper says it reproduces: crops of 321, mirrored but not scaled, 0.9, 5e-4, ten times.
 # (In others' copies of its settings biases learn twice as fast as weights and do not decay; not here.)
 # PAPER SILENT: a setting for networks that start from scratch; "small" is ours, with the views of train_box2seg.py.
-# PAPER SILENT: a setting for photographs without a large GPU; "photos" is ours, the encoder of train_box2seg.py's.
+# PAPER SILENT: a setting for photographs without a large GPU; "photos" is ours, with the encoder of train_box2seg.py's,
+# which here, too, keeps its BatchNorm and learns at a tenth of the rate, since it knows its classes.
 RECIPES = {
     "paper": dict(backbone="vgg16", pretrained=True, crop=321, batch_size=20, epochs=45, lr_drop=15, lr=1e-3,
                   head_lr=10.0, encoder_lr=1.0, freeze_bn=False, clip_norm=0.0, scale=[1.0, 1.0], colour=0.0,
