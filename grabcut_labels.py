@@ -97,7 +97,7 @@ def box_mask(boxes, classes, size):
 # second attempt takes the corners outside the ellipse that touches the image's sides for probable background.
 COVERS_IMAGE, EMPTY, TOO_SMALL = "box covers the image", "GrabCut found nothing", "GrabCut found too little"
 STAYS_WHOLE = "box stays whole"  # the second attempt found too little as well
-LARGEST = 1500
+LARGEST = 1500                   # box and margin of more than 1,500 x 1,500 pixels are cut at that size
 
 
 def cielab(image):
@@ -1568,7 +1568,7 @@ def parse_arguments():
         "machines that see one disk (default: 1/1)")
     add("--out", metavar="DIR", help="where BoxMasks/ and GrabCutMasks/ go (default: beside SegmentationClass)")
     add("--workers", type=int, metavar="N", help="images cut at a time, each on one core (default: as many as cores); "
-        "each takes up to 0.6 GB")
+        "each takes up to 0.6 GB, more with a --working-size above 1500")
     add("--fill-rates", metavar="NAME", help="also write the filling rates (Eq. 7) of images and classes to NAME.json, "
         "and a figure like Fig. 2 to NAME.png")
     cut = parser.add_argument_group("GrabCut (one run per box: paper)")
